@@ -1,0 +1,271 @@
+"""Deployed checkpoints: a directory with ``model.safetensors`` and ``manifest.json``.
+
+The manifest holds the plan, recipe, coverage, certificate, tensor shapes and the SHA-256 of the tensors; no times and
+no paths, so saving twice gives the same bytes. Loading executes nothing from the files.
+
+Saving writes a temporary directory beside the target, syncs it, and exchanges the two in one step: killed at any
+moment, either the old checkpoint is there or the new one.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from qat.deploy.convert import drop_folded, share_codes
+from qat.errors import CheckpointError, PrepareError, QuantizationError
+from qat.modules.base import QuantizedModule
+from qat.modules.precision import NarrowFloat
+from qat.numerics import packing
+from qat.quantizers.quantizer import FrozenQuantizer
+from qat.recipe import Recipe
+from qat.rewriter import Plan, Prepared, carry_out, coverage, is_prepared, prepared_state, quantized_modules
+from qat.tracing import Call
+
+VERSION = 1
+TENSORS, MANIFEST = "model.safetensors", "manifest.json"
+LARGEST_MANIFEST = 256 * 2**20
+
+
+def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a deployed model to the directory ``path``.
+
+    An existing checkpoint there is replaced in one step; any other existing directory is left alone.
+
+    Raises:
+        CheckpointError: the model is not deployed; ``path`` is something else already; the disk is full or read-only.
+    """
+    if not is_prepared(deployed) or any(not m.frozen for m in quantized_modules(deployed).values()
+                                        if m.plan.weight is not None):
+        raise CheckpointError("only deployed models are saved: deployed, certificate = qat.convert(model, batches)")
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
+        raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
+    tensors, aliases = _unique_tensors(deployed)
+    data = to_safetensors(tensors, {"format": "pt"})
+    manifest = _manifest(deployed, tensors, aliases, data)
+    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+        for name, content in ((TENSORS, data), (MANIFEST, text)):
+            with open(os.path.join(temporary, name), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o755)
+        _put_in_place(temporary, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _manifest(deployed: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], data: bytes) -> dict[str, Any]:
+    state = prepared_state(deployed)
+    proof = deployed.__dict__.get("_qat_certificate")
+    return {
+        "format": "qat", "version": VERSION, "torch": torch.__version__.split("+")[0],
+        "recipe": state.recipe.to_dict(), "plan": state.plan.to_dict(), "coverage": coverage(deployed).to_dict(),
+        "certificate": proof, "macs": state.macs,
+        "functions": [[c.owner, c.function, c.macs, c.parameters] for c in state.functions or ()],
+        "tensors": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+                    for n, t in tensors.items()},
+        "weight_shapes": {n: list(m.weight_shape) for n, m in quantized_modules(deployed).items() if m.frozen},
+        "aliases": aliases, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data),
+    }
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each shared tensor once, and the other names of the shared ones."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[tuple[int, int, tuple[int, ...]], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} is a {type(value).__name__}, not a tensor: a checkpoint holds tensors only")
+        key = (value.data_ptr(), value.numel(), tuple(value.stride()))
+        if value.numel() and key in owner:
+            aliases[name] = owner[key]
+            continue
+        owner[key] = name
+        tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
+    """The deployed model in the directory ``path``.
+
+    Args:
+        skeleton: a float model of the same architecture; its weights are not used, and it is not changed.
+
+    Raises:
+        CheckpointError: a damaged, incomplete or unsafe file, another version, or another architecture; the message
+            names the tensor.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    values = _read_tensors(folder / TENSORS, manifest)
+    try:
+        recipe, plan = Recipe.from_dict(manifest["recipe"]), Plan.from_dict(manifest["plan"])
+        if is_prepared(skeleton):
+            raise PrepareError("the skeleton is prepared already: give the float architecture")
+        model = carry_out(copy.deepcopy(skeleton), plan).eval()
+    except (QuantizationError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} does not fit this architecture: {error}") from None
+    modules = quantized_modules(model)
+    for module in modules.values():
+        module.skeleton()
+    share_codes(modules)
+    for part in model.modules():
+        if isinstance(part, NarrowFloat):
+            part.skeleton()
+    drop_folded(model)
+    for name, owner in manifest["aliases"].items():
+        if owner in values:
+            values[name] = values[owner]
+    _assign(model, values, folder)
+    share_codes(modules)
+    for name, module in modules.items():
+        _check_codes(name, module)
+    functions = [_function(*entry) for entry in manifest["functions"]]
+    model.__dict__["_qat"] = Prepared(recipe, plan, functions, dict(manifest["macs"]))
+    model.__dict__["_qat_certificate"] = manifest["certificate"]
+    return model.requires_grad_(False)
+
+
+def _function(owner: str, function: str, macs: int, parameters: list[str]) -> Call:
+    return Call(None, function, owner, [], [], 0, macs, parameters)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: it is missing, damaged, too large, or of another version.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise CheckpointError(f"{path} is {path.stat().st_size} bytes: too large for a manifest")
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}; a checkpoint is a directory with {MANIFEST} and "
+                              f"{TENSORS}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "qat":
+        raise CheckpointError(f"{path} is not the manifest of a qat checkpoint")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {manifest.get('version')!r}; this package reads version {VERSION}")
+    needed = {"recipe": dict, "plan": dict, "tensors": dict, "aliases": dict, "functions": list, "macs": dict,
+              "sha256": str, "bytes": int}
+    for key, kind in needed.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
+    return manifest
+
+
+def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors, after length, checksum, names, types and shapes were found to be what the manifest says."""
+    try:
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, the manifest says {manifest['bytes']}: it is truncated or "
+                                  "was changed")
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != manifest["sha256"]:
+            raise CheckpointError(f"{path} does not have the checksum of the manifest: it was changed or damaged")
+        with safe_open(path, framework="pt") as tensors:
+            names = set(tensors.keys())
+            if names != set(manifest["tensors"]):
+                odd = sorted(names ^ set(manifest["tensors"]))
+                raise CheckpointError(f"{path} and its manifest name different tensors: {', '.join(odd[:8])}")
+            values = {name: tensors.get_tensor(name) for name in sorted(names)}
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+    for name, value in values.items():
+        said = manifest["tensors"][name]
+        if not isinstance(said, dict) or [str(value.dtype).removeprefix("torch."), list(value.shape)] != [
+                said.get("dtype"), said.get("shape")]:
+            raise CheckpointError(f"{path}: {name} is {value.dtype} {tuple(value.shape)}, the manifest says {said}")
+    return values
+
+
+def _assign(model: nn.Module, values: dict[str, Tensor], folder: Path) -> None:
+    own = model.state_dict()
+    missing, unexpected = sorted(set(own) - set(values)), sorted(set(values) - set(own))
+    if missing or unexpected:
+        raise CheckpointError(f"{folder} is for another architecture: missing {', '.join(missing[:8]) or 'nothing'}; "
+                              f"unexpected {', '.join(unexpected[:8]) or 'nothing'}")
+    for name, value in values.items():
+        if own[name].shape != value.shape:
+            raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}, this architecture needs "
+                                  f"{tuple(own[name].shape)}")
+    model.load_state_dict(values, strict=True, assign=True)
+
+
+def _check_codes(name: str, module: QuantizedModule) -> None:
+    """Codes, scales and zero points lie where their formats say."""
+    spec = module.plan.weight
+    if spec is not None:
+        if not bool(torch.isfinite(module.weight_scale).all()):
+            raise CheckpointError(f"{name}.weight_scale is not finite")
+        zero_point = module.weight_zero_point
+        if zero_point is not None and bool(((zero_point < spec.fmt.lo) | (zero_point > spec.fmt.hi)).any()):
+            raise CheckpointError(f"{name}.weight_zero_point is outside of {spec.fmt.lo}..{spec.fmt.hi}")
+        try:
+            packing.unpack(module.weight_codes, spec.fmt, module.weight_shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.weight_codes: {error}") from None
+    for role in ("input_quantizer", "output_quantizer"):
+        quantizer = getattr(module, role)
+        if isinstance(quantizer, FrozenQuantizer):
+            scale, zero_point, fmt = quantizer.scale, quantizer.zero_point, quantizer.spec.fmt
+            if scale.numel() != 1 or not math.isfinite(float(scale)) or float(scale) <= 0:
+                raise CheckpointError(f"{name}.{role}.scale must be one positive number")
+            if zero_point is not None and not fmt.lo <= int(zero_point) <= fmt.hi:
+                raise CheckpointError(f"{name}.{role}.zero_point {int(zero_point)} is outside of {fmt.lo}..{fmt.hi}")
+
+
+def _put_in_place(temporary: str, target: Path) -> None:
+    """Rename onto a free or empty target; exchange with an old checkpoint (which then is removed as the temporary)."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(temporary, target)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is not None and exchange(-100, os.fsencode(temporary), -100, os.fsencode(str(target)), 2) == 0:
+        return
+    aside = Path(f"{temporary}.old")
+    os.rename(target, aside)
+    os.rename(temporary, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""``convert`` is freeze: packed codes take the place of float weights, and a certificate proves that nothing changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qat.errors import ConvertError, NotCalibratedError, ParityError
+from qat.modules.base import QuantizedModule
+from qat.modules.normalization import Absorbed, QuantizedBatchNorm
+from qat.modules.precision import NarrowFloat
+from qat.numerics.tensor import QuantizedTensor
+from qat.quantizers.quantizer import Quantizer, StaticQuantizer
+from qat.rewriter import prepared_state, quantized_modules
+from qat.tracing import evaluating, run
+
+
+@dataclass
+class Certificate:
+    """Proof that a deployed model computes what the prepared one computed, on the caller's data.
+
+    Attributes:
+        batches, samples: how much data was compared.
+        layers: module name -> greatest difference of its weight codes and of its input codes.
+        max_output_difference: greatest absolute difference of any output of the model.
+        prediction_agreement: share of equal ``argmax`` over the last dimension of the first output; 1.0 if it has none.
+        equal: whether every output was equal bit for bit.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+    max_output_difference: float = 0.0
+    prediction_agreement: float = 1.0
+    equal: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "layers": {n: dict(v) for n, v in self.layers.items()}}
+
+    def __str__(self) -> str:
+        worst = max((max(v.values(), default=0) for v in self.layers.values()), default=0)
+        return (f"{len(self.layers)} layers, {self.samples} samples: greatest code difference {worst}, greatest output "
+                f"difference {self.max_output_difference:g}, predictions equal {self.prediction_agreement:.2%}, "
+                f"{'equal bit for bit' if self.equal else 'NOT EQUAL'}")
+
+
+def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> tuple[nn.Module, Certificate]:
+    """Freeze a prepared model into real integer weights, and prove it.
+
+    Args:
+        model: a prepared, calibrated model.
+        batches: data for the certificate: any iterable of inputs, at least one.
+        inplace: freeze ``model`` itself instead of a copy; then the comparison runs on a copy made before.
+
+    Returns:
+        The deployed model, in eval, without gradients, and without a float copy of any quantized weight; and the
+        :class:`Certificate`.
+
+    Raises:
+        NotCalibratedError: static ranges without data, all of them named.
+        ConvertError: function calls were never observed; an unfrozen quantizer is left; no batch for the certificate.
+        ParityError: the deployed model differs from the prepared one.
+    """
+    state = prepared_state(model)
+    modules = quantized_modules(model)
+    if any(m.frozen for m in modules.values()):
+        raise ConvertError("this model is deployed already")
+    missing = [q.name for m in modules.values() for q in (m.input_quantizer, m.output_quantizer)
+               if q is not None and not q.calibrated and not _ready(q)]
+    if missing:
+        raise NotCalibratedError(f"no range yet for {', '.join(missing)}: run qat.calibrate(model, batches); a layer "
+                                 "that the data never reaches needs a rule with keep: float32")
+    if state.functions is None:
+        raise ConvertError("it is not known which matrix products this model calls as functions: give "
+                           "qat.prepare(model, recipe, example_inputs=...), or run qat.calibrate(model, batches)")
+    batches = list(batches)
+    if not batches:
+        raise ConvertError("the certificate needs at least one batch: convert(model, batches)")
+    prepared, deployed = (copy.deepcopy(model), model) if inplace else (model, copy.deepcopy(model))
+    freeze(deployed)
+    certificate = certify(prepared, deployed, batches)
+    deployed.__dict__["_qat_certificate"] = certificate.to_dict()
+    return deployed, certificate
+
+
+def _ready(quantizer: Quantizer) -> bool:
+    return isinstance(quantizer, StaticQuantizer) and not quantizer.observer.empty
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every quantized module of ``model``, in place; see :func:`convert` for the proof."""
+    model.eval()
+    modules = quantized_modules(model)
+    for module in modules.values():
+        with torch.no_grad():
+            module.freeze()
+    share_codes(modules)
+    for module in model.modules():
+        if isinstance(module, NarrowFloat):
+            module.freeze()
+    drop_folded(model)
+    model.requires_grad_(False)
+    left = [n for n, m in model.named_modules() if isinstance(m, StaticQuantizer)]
+    if left:
+        raise ConvertError(f"convert left unfrozen quantizers: {', '.join(left)}")
+
+
+def share_codes(modules: dict[str, QuantizedModule]) -> None:
+    """Modules with a tied weight hold the same code buffers."""
+    for module in modules.values():
+        if module.plan.tied_to is not None:
+            owner = modules[module.plan.tied_to]
+            for key in ("weight_codes", "weight_scale", "weight_zero_point"):
+                module._buffers[key] = owner._buffers[key]
+
+
+def drop_folded(model: nn.Module) -> None:
+    """Replace folded batch norms and absorbed activation functions, which do nothing any more, by identities."""
+    folded = {m.plan.batch_norm for m in quantized_modules(model).values() if m.plan.batch_norm}
+    names = {id(m): n for n, m in model.named_modules()}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and (isinstance(child, Absorbed) or (isinstance(child, QuantizedBatchNorm)
+                                                                      and names[id(child)] in folded)):
+                identity = nn.Identity()
+                identity.training = child.training
+                parent._modules[key] = identity
+
+
+class _Tap:
+    """Collects the codes that enter each quantized module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.codes: dict[str, list[Tensor]] = {}
+        self.handles = [module.register_forward_pre_hook(self.hook(name))
+                        for name, module in quantized_modules(model).items()]
+
+    def hook(self, name: str):  # type: ignore[no-untyped-def]
+        def tap(module: QuantizedModule, args: tuple[Any, ...]) -> None:
+            for x in args:
+                if isinstance(x, QuantizedTensor):
+                    self.codes.setdefault(name, []).append(x.codes)
+                elif isinstance(x, Tensor) and x.is_floating_point() and module.input_quantizer is not None:
+                    self.codes.setdefault(name, []).append(module.input_quantizer.codes(x))
+        return tap
+
+    def take(self) -> dict[str, list[Tensor]]:
+        taken, self.codes = self.codes, {}
+        return taken
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) -> Certificate:
+    """Compare two models on the same data.
+
+    Raises:
+        ParityError: any code or any output differs; the message names the first layer.
+    """
+    certificate = Certificate()
+    frozen = quantized_modules(deployed)
+    taps = _Tap(prepared), _Tap(deployed)
+    agree = asked = 0
+    with evaluating(prepared), evaluating(deployed), torch.no_grad():
+        for name, module in quantized_modules(prepared).items():
+            record = certificate.layers.setdefault(name, {})
+            if module.plan.weight is not None:
+                record["weight_codes"] = _difference(module.quantized_weight().codes,
+                                                     frozen[name].quantized_weight().codes)
+        try:
+            for batch in batches:
+                expected, actual = run(prepared, batch), run(deployed, batch)
+                for (name, old), new in zip(taps[0].take().items(), taps[1].take().values(), strict=True):
+                    record = certificate.layers[name]
+                    record["input_codes"] = max(record.get("input_codes", 0),
+                                                *(_difference(a, b) for a, b in zip(old, new, strict=True)))
+                a, b = _tensors(expected), _tensors(actual)
+                certificate.batches += 1
+                certificate.samples += a[0].shape[0] if a and a[0].dim() else 1
+                for one, other in zip(a, b, strict=True):
+                    if not torch.equal(one, other) and not _same_with_nan(one, other):
+                        certificate.equal = False
+                        gap = (one.double() - other.double()).abs().max() if one.shape == other.shape else torch.inf
+                        certificate.max_output_difference = max(certificate.max_output_difference, float(gap))
+                if a and a[0].dim() > 1 and a[0].shape[-1] > 0:
+                    agree += int((a[0].argmax(-1) == b[0].argmax(-1)).sum())
+                    asked += a[0][..., 0].numel()
+        finally:
+            for tap in taps:
+                tap.close()
+    if asked:
+        certificate.prediction_agreement = agree / asked
+    wrong = [n for n, record in certificate.layers.items() if max(record.values(), default=0) > 0]
+    if wrong or not certificate.equal:
+        where = f"first at {wrong[0]}" if wrong else "in floating point between the quantized layers"
+        raise ParityError(f"the deployed model differs from the prepared one, {where}: {certificate}")
+    return certificate
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
+    return [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in leaves
+            if isinstance(t, Tensor | QuantizedTensor)]
+
+
+def _same_with_nan(a: Tensor, b: Tensor) -> bool:
+    return a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _difference(a: Tensor, b: Tensor) -> int:
+    if a.shape != b.shape:
+        return 2**31
+    return int((a.int() - b.int()).abs().max()) if a.numel() else 0

@@ -1,0 +1,313 @@
+"""The backends: different carriers for the same integers.
+
+================  =========================================================================================
+``reference``     int64 arithmetic in plain torch; slow, and what the others are held against
+``onednn``        int8 kernels of oneDNN on x86 with VNNI; rescale and bias fused
+``int_mm``        ``torch._int_mm``: one row on x86 (a matrix-vector kernel), all rows on CUDA; convolutions unfolded
+``float``         floating point that is exact: float32 while sums stay below 2**24, float64 beyond
+================  =========================================================================================
+
+A backend says what it supports; :mod:`qat.kernels.table` decides which one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat.kernels.contract import Activation, Geometry, Weight, check_int32
+
+INT32_LIMIT = 2**31
+
+
+class Backend:
+    """One carrier of the integers. Subclasses give exact accumulators; rescaling is written once, here."""
+
+    name = ""
+
+    def supports_linear(self, x: Activation, w: Weight) -> bool:
+        return True
+
+    def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
+        return True
+
+    def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        """(rows, out), exact integers in whatever dtype holds them."""
+        raise NotImplementedError
+
+    def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
+        """(batch, out, *spatial), exact integers in whatever dtype holds them."""
+        raise NotImplementedError
+
+    def linear(self, x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+        """``float32(acc) * multiplier + bias``: (rows, out) float32. ``multiplier``: (out,) or ()."""
+        return rescale(self.linear_accumulators(x, w), multiplier, bias)
+
+    def convolution(self, x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor,
+                    bias: Tensor | None) -> Tensor:
+        """``float32(acc) * multiplier + bias``: (batch, out, *spatial) float32. ``multiplier``: (out,) or ()."""
+        shape = (-1, *(1,) * geometry.dims)
+        return rescale(self.convolution_accumulators(x, w, geometry),
+                       multiplier.reshape(shape) if multiplier.dim() else multiplier,
+                       None if bias is None else bias.reshape(shape))
+
+
+def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+    """The one expression of the rescale: ``float32(acc) * multiplier + bias``, each step rounded once."""
+    y = acc.float() * multiplier if acc.is_floating_point() else acc * multiplier
+    return y if bias is None else y.add_(bias)
+
+
+class Reference(Backend):
+    """int64 arithmetic; convolutions unfold the padded input into a view and contract it."""
+
+    name = "reference"
+
+    def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        return x.levels(torch.int64) @ w.levels.to(torch.int64).t()
+
+    def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
+        windows = unfold(x.levels(torch.int64), w.levels.shape, geometry)
+        groups, dims = geometry.groups, geometry.dims
+        batch, channels = windows.shape[:2]
+        windows = windows.reshape(batch, groups, channels // groups, *windows.shape[2:])
+        out = w.levels.shape[0]
+        kernel = w.levels.to(torch.int64).reshape(groups, out // groups, *w.levels.shape[1:])
+        letters = "ijk"[:dims]
+        taps = "uvw"[:dims]
+        acc = torch.einsum(f"bgc{letters}{taps},goc{taps}->bgo{letters}", windows, kernel)
+        return acc.reshape(batch, out, *acc.shape[3:])
+
+
+def unfold(levels: Tensor, kernel: torch.Size, geometry: Geometry) -> Tensor:
+    """A view of all windows: (batch, in, *spatial_out, *kernel); padding is level 0."""
+    pads = [p for padding in reversed(geometry.padding) for p in (padding, padding)]
+    windows = F.pad(levels, pads) if any(pads) else levels
+    for i, (taps, stride, dilation) in enumerate(zip(kernel[2:], geometry.stride, geometry.dilation)):
+        windows = windows.unfold(2 + i, (taps - 1) * dilation + 1, stride)[..., ::dilation]
+    return windows
+
+
+class OneDNN(Backend):
+    """The int8 kernels of oneDNN: uint8 activations (int8 ones are shifted by 128), int8 weights packed once.
+
+    Without VNNI, pairs of u8 x s8 products saturate at int16; the backend then does not offer itself. And it is not
+    taken at its word: some shapes come out wrong (oneDNN 3 with AMX: one output column under a stride; windows that lie
+    wholly in the padding read uninitialised memory), so each shape is tried once on random integers against
+    :class:`FloatCarrier` before it is used, and left to another backend if a single accumulator differs.
+    """
+
+    name = "onednn"
+
+    def __init__(self) -> None:
+        self.verdicts: dict[tuple[object, ...], bool] = {}
+
+    @staticmethod
+    def available() -> bool:
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+    def _fits(self, x: Activation, w: Weight) -> bool:
+        return (x.values.device.type == "cpu" and self.available() and w.levels.dtype == torch.int8 and x.fixed
+                and x.values.numel() > 0 and w.levels.numel() > 0
+                and w.inputs * w.bound * 255 < INT32_LIMIT and 255 * w.inputs < 2**24)
+
+    def supports_linear(self, x: Activation, w: Weight) -> bool:
+        if not self._fits(x, w):
+            return False
+        rows = 1 << (x.values.shape[0] - 1).bit_length()
+        return self._tried((rows, *w.levels.shape), x, w, None)
+
+    def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
+        within = all(p <= d * (k - 1) for p, d, k in zip(geometry.padding, geometry.dilation, w.levels.shape[2:]))
+        return self._fits(x, w) and within and self._tried((x.values.shape, w.levels.shape, geometry), x, w, geometry)
+
+    def _tried(self, shape: tuple[object, ...], x: Activation, w: Weight, geometry: Geometry | None) -> bool:
+        key = (*shape, x.values.dtype, int(x.zero_point or 0), torch.get_num_threads())
+        if key not in self.verdicts:
+            self.verdicts[key] = self._agrees(x, w, geometry)
+        return self.verdicts[key]
+
+    def _agrees(self, x: Activation, w: Weight, geometry: Geometry | None) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        limits = torch.iinfo(x.values.dtype)
+        values = torch.randint(limits.min, limits.max + 1, x.values.shape, generator=generator).to(x.values.dtype)
+        few = min(127, (2**24 - 1) // (255 * w.inputs))
+        levels = torch.randint(-few, few + 1, w.levels.shape, generator=generator).to(torch.int8)
+        probe, weight = Activation(values, x.zero_point, 255), Weight(levels, few)
+        one = torch.ones(())
+        if geometry is None:
+            return torch.equal(self.linear(probe, weight, one, None), FLOAT.linear(probe, weight, one, None))
+        return torch.equal(self.convolution(probe, weight, geometry, one, None),
+                           FLOAT.convolution(probe, weight, geometry, one, None))
+
+    def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        """Carried out of the kernel in float32: exact below 2**24, else by the float carrier."""
+        if w.accumulator_bound(x) >= 2**24:
+            return FLOAT.linear_accumulators(x, w)
+        return self.linear(x, w, torch.ones((), dtype=torch.float32), None)
+
+    def linear(self, x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+        values, zero_point = x.shifted()
+        out = w.levels.shape[0]
+        packed = w.cached("onednn", lambda: torch.ops.onednn.qlinear_prepack(w.levels.contiguous(), None))
+        return torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int64), bias,
+            1.0, 0, torch.float32, "none", [], "")
+
+    def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
+        if w.accumulator_bound(x) >= 2**24:
+            return FLOAT.convolution_accumulators(x, w, geometry)
+        return self.convolution(x, w, geometry, torch.ones(()), None)
+
+    def convolution(self, x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor,
+                    bias: Tensor | None) -> Tensor:
+        return self.convolution_requantized(x, w, geometry, multiplier, bias, 1.0, 0, torch.float32)
+
+    def convolution_requantized(self, x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor,
+                                bias: Tensor | None, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+        """The convolution with its result in float32, or in codes of an output scale that is a power of two.
+
+        A power of two makes oneDNN's multiplication by the reciprocal the division of the one rounding.
+        """
+        values, x_zero_point = x.shifted()
+        memory_format = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}[geometry.dims]
+        values = values.contiguous(memory_format=memory_format)
+        out = w.levels.shape[0]
+        stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
+        packed = w.cached(("onednn", geometry, x_zero_point, values.shape), lambda: torch.ops.onednn.qconv_prepack(
+            w.levels.contiguous(), _ones(w, out), 1.0, x_zero_point, stride, padding, dilation, geometry.groups,
+            list(values.shape)))
+        return torch.ops.onednn.qconv_pointwise(
+            values, 1.0, x_zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int32), bias,
+            stride, padding, dilation, geometry.groups, scale, zero_point, dtype, "none", [], "")
+
+
+def _ones(w: Weight, out: int) -> Tensor:
+    return w.cached("ones", lambda: torch.ones(out))
+
+
+def _zeros(w: Weight, out: int, dtype: torch.dtype) -> Tensor:
+    return w.cached(("zeros", dtype), lambda: torch.zeros(out, dtype=dtype))
+
+
+class IntMM(Backend):
+    """``torch._int_mm``: int8 (on CPUs uint8 too) x int8 to int32.
+
+    One uint8 row on a CPU runs a matrix-vector kernel. CUDA wants more than 16 rows and multiples of 8: zeros are
+    padded on. Convolutions unfold their input; a zero point is then subtracted inside the windows, so that padding
+    keeps level 0.
+    """
+
+    name = "int_mm"
+
+    @staticmethod
+    def available(device: torch.device) -> bool:
+        return device.type == "cuda" or (device.type == "cpu" and OneDNN.available())
+
+    def supports_linear(self, x: Activation, w: Weight) -> bool:
+        # torch 2.13 computes wrong products on CPUs when there is one input and more than one output
+        return (self.available(x.values.device) and w.levels.dtype == torch.int8 and w.inputs > 1
+                and w.inputs * w.bound * 255 < INT32_LIMIT)
+
+    def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
+        padded = any(geometry.padding)
+        return self.supports_linear(x, w) and (not padded or not x.zero_point or x.bound <= 127)
+
+    def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        values, zero_point = x.values, x.zero_point
+        one_row = values.device.type == "cpu" and values.shape[0] == 1 and x.fixed
+        if one_row or (values.dtype == torch.uint8 and values.device.type == "cpu" and x.fixed):
+            values, zero_point = x.shifted()
+        elif values.dtype == torch.uint8:
+            values, zero_point = (values ^ 128).view(torch.int8), (0 if zero_point is None else zero_point) - 128
+        acc = self._matmul(values, w)
+        if zero_point is None or (isinstance(zero_point, int) and zero_point == 0):
+            return acc
+        return acc.sub_(w.cached(("zero", zero_point), lambda: w.row_sums() * zero_point)
+                        if isinstance(zero_point, int) else zero_point * w.row_sums())
+
+    def _matmul(self, values: Tensor, w: Weight) -> Tensor:
+        (rows, inputs), out = values.shape, w.levels.shape[0]
+        flat = w.levels.flatten(1)
+        if values.numel() == 0 or flat.numel() == 0:
+            return torch.zeros(rows, out, dtype=torch.int32, device=values.device)
+        if values.device.type != "cuda":
+            return torch._int_mm(values, flat.t())
+        more_rows, more_in, more_out = max(0, 17 - rows), -inputs % 8, -out % 8
+        if more_rows or more_in:
+            values = F.pad(values, (0, more_in, 0, more_rows))
+        if more_out or more_in:
+            flat = w.cached("padded", lambda: F.pad(flat, (0, more_in, 0, more_out)))
+        return torch._int_mm(values, flat.t())[:rows, :out]
+
+    def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
+        if any(geometry.padding) and x.zero_point:
+            x = Activation(x.levels(torch.int16).to(torch.int8), None, x.bound)
+        windows = unfold(x.values, w.levels.shape, geometry)
+        batch, channels = windows.shape[:2]
+        dims, groups, out = geometry.dims, geometry.groups, w.levels.shape[0]
+        spatial = windows.shape[2 : 2 + dims]
+        order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+        windows = windows.permute(order)
+        results = []
+        for g in range(groups):
+            part = windows.narrow(1 + dims, g * (channels // groups), channels // groups)
+            matrix = part.reshape(batch * spatial.numel(), -1)
+            rows = slice(g * (out // groups), (g + 1) * (out // groups))
+            block = w.cached(("group", g), lambda rows=rows: Weight(w.levels[rows].flatten(1), w.bound))
+            results.append(self.linear_accumulators(Activation(matrix, x.zero_point, x.bound), block))
+        acc = torch.cat(results, 1) if groups > 1 else results[0]
+        return acc.reshape(batch, *spatial, out).movedim(-1, 1)
+
+
+class FloatCarrier(Backend):
+    """Integers in floating point, exactly: every partial sum stays below 2**24 (float32) or 2**53 (float64).
+
+    Where convolutions may be carried out by transforming their input (CUDA), they are unfolded instead.
+    """
+
+    name = "float"
+
+    def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        dtype = self._dtype(x, w)
+        with torch.autocast(x.values.device.type, enabled=False):
+            return x.levels(dtype) @ self._levels(w, dtype).t()
+
+    def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
+        dtype = self._dtype(x, w)
+        with torch.autocast(x.values.device.type, enabled=False):
+            if x.values.device.type == "cpu":
+                convolve: Callable[..., Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[geometry.dims]
+                return convolve(x.levels(dtype), self._levels(w, dtype), None, geometry.stride, geometry.padding,
+                                geometry.dilation, geometry.groups)
+            return self._unfolded(x.levels(dtype), self._levels(w, dtype), geometry)
+
+    @staticmethod
+    def _unfolded(levels: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
+        windows = unfold(levels, kernel.shape, geometry)
+        batch, channels = windows.shape[:2]
+        dims, groups, out = geometry.dims, geometry.groups, kernel.shape[0]
+        spatial = windows.shape[2 : 2 + dims]
+        windows = windows.reshape(batch, groups, channels // groups, *windows.shape[2:])
+        windows = windows.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+        matrix = windows.reshape(groups, batch * spatial.numel(), kernel[0].numel())
+        acc = torch.bmm(matrix, kernel.reshape(groups, out // groups, -1).transpose(1, 2))
+        acc = acc.reshape(groups, batch, *spatial, out // groups).permute(1, 0, 2 + dims, *range(2, 2 + dims))
+        return acc.reshape(batch, out, *spatial)
+
+    @staticmethod
+    def _dtype(x: Activation, w: Weight) -> torch.dtype:
+        bound = w.accumulator_bound(x)
+        if bound >= 2**53:
+            check_int32(bound, f"a layer of {w.inputs} inputs")
+        return torch.float32 if bound < 2**24 else torch.float64
+
+    @staticmethod
+    def _levels(w: Weight, dtype: torch.dtype) -> Tensor:
+        return w.levels.to(dtype)
+
+
+REFERENCE, ONEDNN, INT_MM, FLOAT = Reference(), OneDNN(), IntMM(), FloatCarrier()

@@ -1,0 +1,127 @@
+"""What a kernel is given and what it must return.
+
+A kernel multiplies integers:
+
+    acc[m, n] = sum_k  (x[m, k] - zero_point) * w[n, k]            exactly
+    y[m, n]   = float32(acc[m, n]) * multiplier[n] + bias[n]       two roundings, no fused multiply-add
+
+and the same for convolutions, whose padding has level 0. Every backend returns the same accumulators, and the same
+``y`` bit for bit; which one runs is only a question of speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.errors import OverflowBoundError
+from qat.numerics.tensor import QuantizedTensor
+
+
+@dataclass
+class Activation:
+    """The left operand.
+
+    Attributes:
+        values: int8 or uint8 integers, (rows, in) or (batch, in, *spatial).
+        zero_point: None (zero), an int, or an int32 tensor that broadcasts against ``values``.
+        bound: no level ``values - zero_point`` is greater than this in magnitude.
+    """
+
+    values: Tensor
+    zero_point: Tensor | int | None
+    bound: int
+
+    @classmethod
+    def of(cls, x: QuantizedTensor) -> Activation:
+        fmt = x.spec.fmt
+        bound = fmt.level_bound if x.zero_point is None else fmt.hi - fmt.lo
+        return cls(fmt.levels(x.codes), x.zero_point, bound)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the zero point is known before the kernel runs."""
+        return self.zero_point is None or isinstance(self.zero_point, int)
+
+    def levels(self, dtype: torch.dtype) -> Tensor:
+        """The levels in a dtype that holds them exactly."""
+        values = self.values.to(dtype)
+        return values if self.zero_point is None else values - self.zero_point
+
+    def shifted(self) -> tuple[Tensor, int]:
+        """The values as uint8 with the zero point that goes with them (int8 values move up by 128)."""
+        zero_point = int(self.zero_point or 0)
+        if self.values.dtype == torch.uint8:
+            return self.values, zero_point
+        return self.values.view(torch.uint8) ^ 128, zero_point + 128
+
+
+@dataclass
+class Weight:
+    """The right operand: levels (out, in) or (out, in // groups, *kernel), int8 (int16 for affine 8-bit weights).
+
+    ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
+    """
+
+    levels: Tensor
+    bound: int
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, w: QuantizedTensor) -> Weight:
+        fmt = w.spec.fmt
+        return cls(w.levels(), fmt.level_bound if w.zero_point is None else fmt.hi - fmt.lo)
+
+    @property
+    def inputs(self) -> int:
+        """How many products one accumulator sums."""
+        return self.levels[0].numel() if self.levels.shape[0] else 0
+
+    def cached(self, key: Any, make: Any) -> Any:
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+    def row_sums(self) -> Tensor:
+        """int32 (out,): what a zero point of 1 takes off each accumulator."""
+        return self.cached("row_sums", lambda: self.levels.flatten(1).sum(1, dtype=torch.int32))
+
+    def accumulator_bound(self, x: Activation) -> int:
+        """No accumulator, and no partial sum in any order, is greater than this in magnitude.
+
+        First by the formats alone; where that is too coarse for float32, by the levels themselves.
+        """
+        coarse = self.inputs * self.bound * x.bound
+        if coarse < 2**24:
+            return coarse
+        def row_bound() -> int:
+            return int(self.levels.flatten(1).to(torch.int32).abs().sum(1).max()) if self.levels.numel() else 0
+        return self.cached("row_bound", row_bound) * x.bound
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding and dilation for each spatial dimension, and the number of groups, of a convolution."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def dims(self) -> int:
+        return len(self.stride)
+
+    def output_size(self, size: torch.Size, kernel: torch.Size) -> tuple[int, ...]:
+        """The spatial size of the output for inputs ``size`` = (batch, in, *spatial)."""
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
+                     zip(size[2:], kernel[2:], self.stride, self.padding, self.dilation))
+
+
+def check_int32(bound: int, where: str) -> None:
+    """Raise :class:`OverflowBoundError` if sums up to ``bound`` may not fit an int32 accumulator."""
+    if bound >= 2**31:
+        raise OverflowBoundError(f"{where}: sums up to {bound} do not fit an int32 accumulator")

@@ -1,0 +1,326 @@
+"""The straight-through estimator in closed form: quantize, linear and convolution with their backwards.
+
+The gradient travels from layer to layer with respect to *dequantized* values, on the ``carrier`` of a
+:class:`~qat.numerics.tensor.QuantizedTensor`: a float tensor with all strides 0, which owns no memory. So codes can be
+passed from layer to layer in training too, and the backward keeps int8 codes and a mask instead of floats:
+
+    dL/dx = ((g * scale_w * gain) @ levels_w) * inside(x)
+    dL/dw = (gain * (g * scale_x)^T @ levels_x) * inside(w)
+    dL/dscale = sum of g * ((code - zero_point) - x / scale) inside, * (bound - zero_point) outside        (LSQ)
+
+Papers: Bengio et al. 2013 (STE); Esser et al. 2020 (LSQ); Bhalgat et al. 2020 (LSQ+); Choi et al. 2018 (PACT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qat.kernels import table
+from qat.kernels.contract import Activation, Geometry, Weight
+from qat.numerics import affine
+from qat.numerics.formats import TensorSpec
+from qat.numerics.tensor import QuantizedTensor
+
+SIGN_WINDOW = 1.25
+"""Binary activations pass gradient where ``|x| <= SIGN_WINDOW * mean|x|``: one standard deviation of a Gaussian."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one tensor is put on its grid, beside scale and zero point.
+
+    Attributes:
+        spec: format and granularity.
+        floor, ceiling: an absorbed activation function: values are clamped here first, and pass no gradient outside.
+        clipped: whether values beyond the grid's ends pass no gradient (false for weights whose range follows them).
+        scale_gradient: factor on the gradient of a learned scale.
+        learned: which of the learned quantizers' gradients the scale gets.
+    """
+
+    spec: TensorSpec
+    floor: float | None = None
+    ceiling: float | None = None
+    clipped: bool = True
+    scale_gradient: float = 1.0
+    learned: str | None = None
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Grid,
+             offset: Tensor | None = None) -> QuantizedTensor:
+    """Put ``x`` on a grid; the gradient goes straight through inside of it.
+
+    Args:
+        x: floating point, any shape.
+        scale: float32, shape by ``grid.spec.granularity``; gets a gradient if it is learned.
+        zero_point: None, int or int32 tensor like ``scale``.
+        offset: the real value of the lowest code, for ``lsq_plus``; gets a gradient.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        carrier, codes = _Quantize.apply(x, scale, offset, zero_point, grid)
+    else:
+        carrier, codes = None, _codes(x, scale, zero_point, grid)
+    return QuantizedTensor(codes, scale.detach(), zero_point, grid.spec, carrier, x.dtype)
+
+
+def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> Tensor:
+    if grid.ceiling is not None or (grid.floor is not None and grid.spec.fmt.signed):
+        x = x.clamp(grid.floor, grid.ceiling)
+    return affine.quantize(x, scale, zero_point, grid.spec)
+
+
+def _ghost(like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A tensor of a shape that owns one element: it only carries a gradient."""
+    return like.new_empty(()).expand(like.shape if shape is None else shape)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, offset, zero_point, grid):  # type: ignore[no-untyped-def]
+        spec, fmt = grid.spec, grid.spec.fmt
+        clamped = x
+        if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
+            clamped = x.clamp(grid.floor, grid.ceiling)
+        free = affine.rounded(clamped, scale, zero_point, spec)
+        inside = None
+        if fmt.grid == "sign":
+            if grid.clipped:
+                inside = clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW
+            codes = free.to(fmt.dtype)
+        elif grid.clipped:
+            bounded = free.clamp(fmt.lo, fmt.hi)
+            inside = free == bounded
+            codes = bounded.to(fmt.dtype)
+        else:
+            codes = free.clamp_(fmt.lo, fmt.hi).to(fmt.dtype)
+        codes = codes.reshape(x.shape)
+        if inside is not None:
+            inside = inside.reshape(x.shape)
+            if grid.floor is not None:
+                inside &= x > grid.floor
+            if grid.ceiling is not None:
+                inside &= x < grid.ceiling
+        ctx.grid, ctx.zero_point = grid, zero_point
+        learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(inside, *((x, scale, codes, offset) if learns else (None,) * 4))
+        ctx.mark_non_differentiable(codes)
+        return _ghost(x), codes
+
+    @staticmethod
+    def backward(ctx, g, _):  # type: ignore[no-untyped-def, override]
+        inside, x, scale, codes, offset = ctx.saved_tensors
+        g_x = g_scale = g_offset = None
+        if ctx.needs_input_grad[0]:
+            g_x = g if inside is None else g * inside
+        if x is not None:
+            g_scale, g_offset = _scale_gradient(g, inside, x, scale, codes, offset, ctx.zero_point, ctx.grid)
+        return g_x, g_scale, g_offset, None, None
+
+
+def _scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
+                    zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
+    spec, fmt = grid.spec, grid.spec.fmt
+    g = affine.blocks(g, spec).float()
+    inside = torch.ones((), dtype=torch.bool, device=g.device) if inside is None else affine.blocks(inside, spec)
+    shape = affine.scale_shape(x.shape, spec)
+
+    def reduce(t: Tensor) -> Tensor:
+        return affine.rows(t.expand(g.shape).reshape(x.shape), spec).sum(-1).reshape(shape) * grid.scale_gradient
+
+    if grid.learned == "pact":
+        return reduce(g * (affine.blocks(codes, spec) == fmt.hi) * ~inside * fmt.hi), None
+    aligned = affine.aligned(scale, g, spec)
+    values = affine.blocks(x, spec).float()
+    if grid.floor is not None or grid.ceiling is not None:
+        values = values.clamp(grid.floor, grid.ceiling)
+        inside = inside | (affine.blocks(x, spec) <= (grid.floor if grid.floor is not None else -torch.inf))
+    if offset is not None:
+        beta = affine.aligned(offset, g, spec)
+        slope = (affine.blocks(codes, spec).float() - fmt.lo) - torch.where(inside, (values - beta) / aligned, 0.0)
+        return reduce(g * slope), reduce(g * ~inside)
+    levels = affine.blocks(affine.levels(codes, zero_point, spec), spec).float() * fmt.unit
+    if fmt.grid == "sign":
+        return reduce(g * levels), None
+    return reduce(g * (levels - torch.where(inside, values / aligned, 0.0))), None
+
+
+# --------------------------------------------------------------------------------------------- integer products
+
+
+@dataclass
+class Product:
+    """One integer product: operands, and how the result is rescaled.
+
+    Attributes:
+        x: the activation. ``scale``: () or, for dynamic ranges, one for each row or sample.
+        w: the weight, (out, in) or (out, in // groups, *kernel). ``scale``: (), (out,) or (out, groups of inputs).
+        kernel: the weight as kernels take it; None: made from ``w``. Frozen layers keep it, with its packed copies.
+        gain: None, or (out,): the folded batch norm's gamma / sigma.
+        geometry: None for a linear layer.
+        backward_dtype: the type in which the matrix products of the backward run.
+    """
+
+    x: QuantizedTensor
+    w: QuantizedTensor
+    kernel: Weight | None = None
+    gain: Tensor | None = None
+    geometry: Geometry | None = None
+    backward_dtype: torch.dtype = torch.float32
+
+    def multiplier_w(self) -> Tensor:
+        """``scale_w * unit_w * gain``: what one level of the weight is worth, float32."""
+        scale = self.w.scale if self.w.spec.fmt.unit == 1.0 else self.w.scale * self.w.spec.fmt.unit
+        if self.gain is None:
+            return scale
+        return scale * (self.gain.unsqueeze(-1) if self.w.spec.granularity == "per_group" else self.gain)
+
+    def scale_x(self) -> Tensor:
+        """``scale_x * unit_x``: what one level of the activation is worth, float32."""
+        return self.x.scale if self.x.spec.fmt.unit == 1.0 else self.x.scale * self.x.spec.fmt.unit
+
+    def forward(self, bias: Tensor | None) -> Tensor:
+        """``float32(acc) * multiplier + bias`` in float32; the shape of the layer's output."""
+        kernel = self.kernel or Weight.of(self.w)
+        scale_x, multiplier_w = self.scale_x(), self.multiplier_w()
+        if self.w.spec.granularity == "per_group":
+            return self._grouped(kernel, scale_x, multiplier_w, bias)
+        if scale_x.dim() == 0:
+            return self._once(Activation.of(self.x), kernel, scale_x * multiplier_w, bias)
+        y = self._once(Activation.of(self.x), kernel, multiplier_w, None).mul_(scale_x)
+        return y if bias is None else y.add_(self._along_out(bias))
+
+    def _once(self, x: Activation, kernel: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+        if self.geometry is not None:
+            return table.convolution(x, kernel, self.geometry, multiplier, bias)
+        shape = x.values.shape
+        flat = Activation(x.values.reshape(-1, shape[-1]), _flat(x.zero_point), x.bound)
+        return table.linear(flat, kernel, multiplier, bias).reshape(*shape[:-1], kernel.levels.shape[0])
+
+    def _grouped(self, kernel: Weight, scale_x: Tensor, multiplier_w: Tensor, bias: Tensor | None) -> Tensor:
+        """Integer partial sums for each group of inputs, added up in float32 in the order of the groups."""
+        x = Activation.of(self.x)
+        size = self.w.spec.group_size
+        assert size is not None
+        assert self.geometry is None
+        total: Tensor | None = None
+        for i, levels in enumerate(kernel.levels.split(size, dim=1)):
+            part = kernel.cached(("part", i), lambda levels=levels: Weight(levels.contiguous(), kernel.bound))
+            values = x.values[..., i * size : (i + 1) * size].contiguous()
+            y = self._once(Activation(values, x.zero_point, x.bound), part, multiplier_w[:, i].contiguous(), None)
+            total = y if total is None else total.add_(y)
+        assert total is not None
+        total.mul_(scale_x)
+        return total if bias is None else total.add_(bias)
+
+    def _along_out(self, vector: Tensor) -> Tensor:
+        return vector if self.geometry is None else vector.reshape(-1, *[1] * self.geometry.dims)
+
+
+def _flat(zero_point: Tensor | int | None) -> Tensor | int | None:
+    if isinstance(zero_point, Tensor) and zero_point.dim() > 0:
+        return zero_point.reshape(-1, 1)
+    return zero_point
+
+
+def product(call: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Run an integer product; differentiable in ``x``, ``w``, ``gain`` and ``bias`` through their carriers."""
+    bias32 = None if bias is None else bias.float()
+    carried = (call.x.carrier, call.w.carrier, call.gain, bias32)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in carried):
+        return _Product.apply(*carried, call).to(dtype)
+    return call.forward(bias32).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_carrier, w_carrier, gain, bias, call):  # type: ignore[no-untyped-def]
+        x, w = replace(call.x, carrier=None), replace(call.w, carrier=None)
+        ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach())
+        return call.forward(bias)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def, override]
+        call, needs = ctx.call, ctx.needs_input_grad
+        g_x, g_w = (_linear_gradients if call.geometry is None else _convolution_gradients)(call, g, needs[0], needs[1])
+        g_gain = g_bias = None
+        rest = [d for d in range(g.dim()) if d != (g.dim() - 1 if call.geometry is None else 1)]
+        if needs[2]:
+            per_gain = replace(call, gain=None).forward(None)
+            g_gain = (g * per_gain).sum(rest) if rest else g * per_gain
+        if needs[3]:
+            g_bias = g.float().sum(rest) if rest else g.float()
+        return g_x, g_w, g_gain, g_bias, None
+
+
+def _weight_values(call: Product, dtype: torch.dtype) -> Tensor:
+    """Dequantized weight with the gain, rounded to the backward's dtype: (out, in) or (out, in // groups, *kernel)."""
+    scale = call.multiplier_w()
+    levels = affine.blocks(call.w.levels(), call.w.spec)
+    if scale.dim() == 1:
+        scale = scale.reshape(-1, *[1] * (levels.dim() - 1))
+    elif scale.dim() == 2:
+        scale = scale.unsqueeze(-1)
+    return (levels * scale).to(dtype).reshape(call.w.shape)
+
+
+def _times_gain(g_w: Tensor, call: Product) -> Tensor:
+    return g_w if call.gain is None else g_w * call.gain.reshape(-1, *[1] * (g_w.dim() - 1))
+
+
+def _linear_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    dtype, g_x, g_w = call.backward_dtype, None, None
+    g_low = g.to(dtype)
+    if need_x:
+        g_x = (g_low @ _weight_values(call, dtype)).to(call.x.dtype)
+    if need_w:
+        levels, scale = call.x.levels().flatten(0, -2).to(dtype), call.scale_x()
+        flat = g_low.flatten(0, -2)
+        if scale.dim():
+            flat = (g.float() * scale).to(dtype).flatten(0, -2)
+        g_w = (flat.t() @ levels).float() if g.dim() > 1 else torch.outer(flat, levels).float()
+        g_w = _times_gain(g_w if scale.dim() else g_w.mul_(scale), call)
+    return g_x, g_w
+
+
+def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    dtype, scale, geometry = call.backward_dtype, call.scale_x(), call.geometry
+    assert geometry is not None
+    levels = call.x.levels().to(dtype)
+    if scale.dim():
+        levels = levels * scale.to(dtype)
+    g_x, g_w, _ = torch.ops.aten.convolution_backward(
+        g.to(dtype), levels, _weight_values(call, dtype), None, list(geometry.stride), list(geometry.padding),
+        list(geometry.dilation), False, [0] * geometry.dims, geometry.groups, [need_x, need_w, False])
+    if need_w:
+        g_w = _times_gain(g_w.float() if scale.dim() else g_w.float().mul_(scale), call)
+    return (g_x.to(call.x.dtype) if need_x else None), (g_w if need_w else None)
+
+
+# ------------------------------------------------------------------------------------- shape changes of codes
+
+
+class _Rearranged(torch.autograd.Function):
+    """The carrier of rearranged codes: its gradient is arranged back."""
+
+    @staticmethod
+    def forward(ctx, carrier, shape, back):  # type: ignore[no-untyped-def]
+        ctx.back = back
+        return _ghost(carrier, shape)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def, override]
+        return ctx.back(g), None, None
+
+
+def rearranged(x: QuantizedTensor, codes: Tensor, back) -> QuantizedTensor:  # type: ignore[no-untyped-def]
+    """``x`` with its codes rearranged into ``codes``; ``back`` maps a gradient of the new shape to the old one.
+
+    For per-tensor scales (a rearrangement of codes leaves them alone).
+    """
+    carrier = None
+    if x.carrier is not None and torch.is_grad_enabled():
+        carrier = _Rearranged.apply(x.carrier, codes.shape, back)
+    return replace(x, codes=codes, carrier=carrier)

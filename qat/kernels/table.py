@@ -1,0 +1,99 @@
+"""Which backend runs: an ordered table that can be printed and overridden.
+
+    >>> from qat.kernels import table
+    >>> with table.use("reference"):          # everything on the reference backend, inside this block
+    ...     pass
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qat.errors import UnsupportedError, nearest
+from qat.kernels.backends import FLOAT, INT_MM, ONEDNN, REFERENCE, Backend
+from qat.kernels.contract import Activation, Geometry, Weight
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (REFERENCE, ONEDNN, INT_MM, FLOAT)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: on ``device``, for ``op``, where ``when`` holds, ``backend`` runs if it supports it."""
+
+    op: str
+    device: str
+    backend: str
+    why: str
+    when: Callable[[Activation, Weight], bool] = lambda x, w: True
+
+
+TABLE: list[Entry] = [
+    Entry("linear", "cpu", "int_mm", "one row: a matrix-vector kernel", lambda x, w: x.values.shape[0] == 1 and x.fixed),
+    Entry("linear", "cpu", "onednn", "fused int8 kernel"),
+    Entry("linear", "cpu", "int_mm", "zero points for each row"),
+    Entry("linear", "cuda", "int_mm", "int8 tensor cores"),
+    Entry("linear", "*", "float", "exact in floating point"),
+    Entry("convolution", "cpu", "onednn", "fused int8 kernel"),
+    Entry("convolution", "cuda", "int_mm", "unfolded, int8 tensor cores"),
+    Entry("convolution", "*", "float", "exact in floating point"),
+]
+"""First match that supports the operands runs. Insert an :class:`Entry` at the front to override."""
+
+_forced: list[str] = []
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run everything inside the block on one backend.
+
+    Raises:
+        UnsupportedError: an unknown name; or, when a layer runs, operands that the backend does not support.
+    """
+    if backend not in BACKENDS:
+        raise UnsupportedError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}; known: {', '.join(BACKENDS)}")
+    _forced.append(backend)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(op: str, x: Activation, w: Weight, geometry: Geometry | None = None) -> Backend:
+    """The backend that runs ``op`` (``linear`` or ``convolution``) on these operands."""
+
+    def supports(backend: Backend) -> bool:
+        return backend.supports_linear(x, w) if geometry is None else backend.supports_convolution(x, w, geometry)
+
+    if _forced:
+        backend = BACKENDS[_forced[-1]]
+        if not supports(backend):
+            raise UnsupportedError(f"backend {backend.name} does not support this {op}: activations "
+                                   f"{x.values.dtype} {tuple(x.values.shape)} on {x.values.device}, weight "
+                                   f"{w.levels.dtype} {tuple(w.levels.shape)}")
+        return backend
+    device = x.values.device.type
+    for entry in TABLE:
+        if entry.op == op and entry.device in (device, "*") and entry.when(x, w):
+            backend = BACKENDS[entry.backend]
+            if supports(backend):
+                return backend
+    return REFERENCE
+
+
+def linear(x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+    """``float32(acc) * multiplier + bias`` for ``x.values`` (rows, in) and ``w.levels`` (out, in)."""
+    return choose("linear", x, w).linear(x, w, multiplier, bias)
+
+
+def convolution(x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+    """``float32(acc) * multiplier + bias`` for ``x.values`` (batch, in, *spatial)."""
+    return choose("convolution", x, w, geometry).convolution(x, w, geometry, multiplier, bias)
+
+
+def describe() -> str:
+    """The table as text, one line an entry."""
+    return "\n".join(f"{e.op:<12} {e.device:<5} {e.backend:<10} {e.why}" for e in TABLE)

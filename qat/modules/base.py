@@ -1,0 +1,361 @@
+"""What every quantized module is made of.
+
+A quantized module *is* the module it replaces (same class, same attributes, same hooks, same parameters) with three
+quantizers: of its weight, its input and its output. Its forward is the same before and after ``convert``; only where
+the codes of the weight come from changes: from a float master weight and its quantizer, or from packed codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import ConvertError, UnsupportedError
+from qat.kernels import ste
+from qat.kernels.contract import Weight
+from qat.numerics import affine, packing
+from qat.numerics.formats import TensorSpec
+from qat.numerics.tensor import QuantizedTensor
+from qat.quantizers.quantizer import DynamicQuantizer, FrozenQuantizer, Quantizer, make_quantizer
+
+
+@dataclass
+class LayerPlan:
+    """What ``prepare`` decided for one module; a deployed checkpoint stores it, so that ``load`` decides the same.
+
+    Attributes:
+        kind: name of the module type in the registry (``Linear``, ``Conv2d``, ...).
+        weight, input, output: specs, or None for "stays float".
+        absorbs: clamp ``[floor, ceiling]`` of the activation function in front that the input quantizer takes over.
+        output_absorbs: the same for the activation function behind and the output quantizer.
+        batch_norm: name of the batch norm behind that is folded in eval.
+        chained: the input arrives as codes from the layer in front, so there is no input quantizer.
+        emits_codes: every consumer of the output takes codes, so no float tensor is made.
+        tied_to: name of the module whose weight, and weight quantizer, this one shares.
+        reason: why the specs differ from the rule, if they do; for coverage.
+    """
+
+    kind: str
+    weight: TensorSpec | None = None
+    input: TensorSpec | None = None
+    output: TensorSpec | None = None
+    absorbs: tuple[float | None, float | None] | None = None
+    output_absorbs: tuple[float | None, float | None] | None = None
+    batch_norm: str | None = None
+    chained: bool = False
+    emits_codes: bool = False
+    tied_to: str | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of what differs from the defaults."""
+        result: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "kind" or value != f.default:
+                value = value.to_dict() if isinstance(value, TensorSpec) else value
+                result[f.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerPlan:
+        values = dict(data)
+        for key in ("weight", "input", "output"):
+            if values.get(key) is not None:
+                values[key] = TensorSpec.from_dict(values[key])
+        for key in ("absorbs", "output_absorbs"):
+            if values.get(key) is not None:
+                floor, ceiling = values[key]
+                values[key] = (floor, ceiling)
+        return cls(**values)
+
+
+def adopt(mixin: type, module: nn.Module) -> Any:
+    """``module`` as an instance of ``mixin`` too: its class changes, everything else (hooks, parameters, mode) stays."""
+    kind = type(module)
+    if not issubclass(kind, mixin):
+        key = (mixin, kind)
+        if key not in _adopted:
+            bases = (mixin,) if issubclass(mixin, kind) else (mixin, kind)
+            name = mixin.__name__ if kind.__module__.startswith("torch.") else f"Quantized{kind.__name__}"
+            _adopted[key] = type(name, bases, {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+        module.__class__ = _adopted[key]
+    return module
+
+
+_adopted: dict[tuple[type, type], type] = {}
+
+
+class QuantizedModule(nn.Module):
+    """Mixin for modules with a quantized weight, input or output. Subclasses say how they compute.
+
+    Attributes:
+        plan: what ``prepare`` decided.
+        weight_quantizer, input_quantizer, output_quantizer: quantizers, or None.
+        calibrating: compute in floating point and only observe.
+        backward_dtype: ``auto`` (bfloat16 under autocast and for bfloat16 models, else float32), or a dtype's name.
+    """
+
+    replaces: ClassVar[type[nn.Module]]
+    takes_input_spec: ClassVar[bool] = True
+
+    plan: LayerPlan
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+    output_quantizer: Quantizer | None
+
+    @classmethod
+    def swap(cls, module: nn.Module, name: str, plan: LayerPlan, weight_quantizer: Quantizer | None = None) -> Any:
+        """Turn ``module`` into a quantized one, in place.
+
+        Args:
+            weight_quantizer: that of the module whose weight this one is tied to.
+        """
+        adopted: QuantizedModule = adopt(cls, module)
+        adopted.plan = plan
+        adopted.name = name
+        adopted.calibrating = False
+        adopted.backward_dtype = "auto"
+        adopted._batch_norm = []
+        adopted.float_dtype = next((p.dtype for p in adopted._parameters.values() if p is not None), torch.float32)
+        adopted._kernel = None
+        adopted._codes = None
+        if weight_quantizer is None and plan.weight is not None:
+            weight_quantizer = make_quantizer(plan.weight, adopted.weight_matrix().shape)
+        adopted.weight_quantizer = weight_quantizer
+        adopted.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
+        adopted.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
+        if adopted.input_quantizer is not None and plan.absorbs:
+            adopted.input_quantizer.absorb(*plan.absorbs)
+        if adopted.output_quantizer is not None and plan.output_absorbs:
+            adopted.output_quantizer.absorb(*plan.output_absorbs)
+        for role in ("weight", "input", "output"):
+            quantizer = getattr(adopted, f"{role}_quantizer")
+            if quantizer is not None:
+                quantizer.train(adopted.training)
+                if not quantizer.name:
+                    quantizer.name = f"{name}.{role}"
+                device = adopted.device()
+                if device is not None:
+                    quantizer.to(device)
+        return adopted
+
+    def device(self) -> torch.device | None:
+        """Where this module's weight lives; None if it has none."""
+        tensor = next(iter([*self._parameters.values(), *self._buffers.values()]), None)
+        return None if tensor is None else tensor.device
+
+    # ---------------------------------------------------------------- the weight and its codes
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight is packed codes."""
+        return "weight_codes" in self._buffers
+
+    def weight_matrix(self) -> Tensor:
+        """The float weight with output channels first, as the kernels and the scales see it."""
+        weight = self.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`weight_matrix`."""
+        return matrix
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight's codes, with output channels first."""
+        if self.frozen:
+            spec = self.plan.weight
+            assert spec is not None
+            if self._codes is None:
+                self._codes = packing.unpack(self.weight_codes, spec.fmt, tuple(self.weight_shape))
+            return QuantizedTensor(self._codes, self.weight_scale, self.weight_zero_point, spec.for_weight())
+        assert self.weight_quantizer is not None
+        return self.weight_quantizer.quantize(self.weight_matrix())
+
+    def kernel_weight(self, weight: QuantizedTensor) -> Weight | None:
+        """The weight as kernels take it; a frozen module keeps it, with whatever kernels derive from it."""
+        if not self.frozen:
+            return None
+        if self._kernel is None:
+            self._kernel = Weight.of(weight)
+        return self._kernel
+
+    def folded(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and bias with the batch norm behind folded in, where it is folded; else None and the bias."""
+        bias = getattr(self, "bias", None)
+        if not self.folds():
+            return None, bias
+        gain, offset = self._batch_norm[0].gain_and_offset()
+        return gain, offset if bias is None else bias.float() * gain + offset
+
+    def folds(self) -> bool:
+        """Whether the batch norm behind is folded now: both are in eval, and nothing is being observed."""
+        return bool(self._batch_norm) and not (self.training or self.calibrating or self._batch_norm[0].training)
+
+    def freeze(self) -> None:
+        """Replace the float weight by packed codes, and the quantizers by frozen ones. ``forward`` does not change.
+
+        Raises:
+            ConvertError: the module is frozen already.
+            NotCalibratedError: a range is missing.
+        """
+        if self.frozen:
+            raise ConvertError(f"{self.name} is frozen already")
+        gain, bias = self.folded()
+        if self.weight_quantizer is not None:
+            weight = self.quantized_weight()
+            spec = weight.spec
+            scale = weight.scale.clone() if weight.scale.dim() or gain is None else weight.scale.expand(len(gain))
+            if gain is not None:
+                scale = scale * (gain.detach() if scale.dim() == 1 else gain.detach().unsqueeze(-1))
+                if spec.granularity == "per_tensor":
+                    spec = spec.replace(granularity="per_channel")
+            self.plan.weight = spec
+            self.register_buffer("weight_codes", packing.pack(weight.codes, spec.fmt))
+            self.register_buffer("weight_scale", scale)
+            zero_point = weight.zero_point
+            if isinstance(zero_point, int):
+                zero_point = torch.tensor(zero_point, dtype=torch.int32)
+            self.register_buffer("weight_zero_point", zero_point)
+            self.weight_shape = tuple(weight.codes.shape)
+            self.drop_float_weight()
+            self.weight_quantizer = None
+            if self._batch_norm:
+                assert bias is not None
+                self._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
+                self._batch_norm = []
+        for role in ("input_quantizer", "output_quantizer"):
+            quantizer = getattr(self, role)
+            if quantizer is not None:
+                setattr(self, role, quantizer.freeze())
+
+    def drop_float_weight(self) -> None:
+        """Forget the float weight, and whatever computed it (weight norm, spectral norm)."""
+        if nn.utils.parametrize.is_parametrized(self, "weight"):
+            nn.utils.parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
+        for key, hook in list(self._forward_pre_hooks.items()):
+            if isinstance(hook, nn.utils.weight_norm.WeightNorm) or type(hook).__name__ == "SpectralNorm":
+                del self._forward_pre_hooks[key]
+        for key in ("weight", "weight_g", "weight_v", "weight_orig"):
+            self._parameters.pop(key, None)
+            self.__dict__.pop(key, None)
+
+    def skeleton(self) -> None:
+        """Replace the float weight of a freshly built module by empty packed codes, to load a checkpoint into."""
+        spec = self.plan.weight
+        if spec is not None:
+            matrix = self.weight_matrix()
+            shape, device = tuple(matrix.shape), matrix.device
+            size = affine.scale_shape(matrix.shape, spec)
+            self.weight_shape = shape
+            count = packing.packed_size(matrix.numel(), spec.bits)
+            self.register_buffer("weight_codes", torch.zeros(count, dtype=torch.uint8, device=device))
+            self.register_buffer("weight_scale", torch.ones(size, device=device))
+            self.register_buffer("weight_zero_point",
+                                 torch.zeros(size, dtype=torch.int32, device=device) if spec.symmetric is False else None)
+            self.drop_float_weight()
+            self.weight_quantizer = None
+            if self.plan.batch_norm:
+                self._parameters["bias"] = nn.Parameter(torch.zeros(shape[0], device=device), requires_grad=False)
+                self._batch_norm = []
+        for role in ("input_quantizer", "output_quantizer"):
+            quantizer = getattr(self, role)
+            if quantizer is not None and not isinstance(quantizer, DynamicQuantizer):
+                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones(()), 0))
+
+    def __getattr__(self, name: str) -> Any:
+        """A frozen module still answers to ``weight``: dequantized anew at each access, never stored."""
+        if name == "weight" and "weight_codes" in self.__dict__.get("_buffers", {}):
+            return self.weight_from_matrix(self.quantized_weight().dequantize())
+        return super().__getattr__(name)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        scale = self._buffers.get("weight_scale")
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self._kernel = self._codes = None
+        return self
+
+    def _load_from_state_dict(self, *args):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(*args)
+        self._kernel = self._codes = None
+
+    # ---------------------------------------------------------------- the forward
+
+    def quantized_input(self, x: Tensor | QuantizedTensor) -> QuantizedTensor:
+        """The input as codes: as they came, or from the input quantizer."""
+        if isinstance(x, QuantizedTensor):
+            return x
+        if self.input_quantizer is None:
+            raise UnsupportedError(f"{self.name} expects codes from the layer in front of it but got a float tensor: "
+                                   "the model took another path than the one prepare traced; drop `output:` from its "
+                                   "rule")
+        return self.input_quantizer.quantize(x)
+
+    def float_input(self, x: Tensor | QuantizedTensor) -> Tensor:
+        """The input in floating point, with an absorbed activation function applied; observed while calibrating."""
+        if isinstance(x, QuantizedTensor):
+            return x.dequantize()
+        if self.input_quantizer is None:
+            return x
+        if self.calibrating:
+            if self.input_quantizer.observing:
+                self.input_quantizer.observe(x)
+            return self.input_quantizer.clamp(x)
+        return self.input_quantizer(x)
+
+    def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor:
+        """The integer product, in the dtype the float layer would return."""
+        gain, bias = self.folded()
+        call = ste.Product(x, weight, self.kernel_weight(weight), gain, backward_dtype=self.backward_type(x), **geometry)
+        return ste.product(call, bias, self.result_dtype(x))
+
+    def result_dtype(self, x: QuantizedTensor) -> torch.dtype:
+        device = x.codes.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    def backward_type(self, x: QuantizedTensor) -> torch.dtype:
+        if self.backward_dtype != "auto":
+            return getattr(torch, self.backward_dtype)
+        low = torch.is_autocast_enabled(x.codes.device.type) or x.dtype in (torch.bfloat16, torch.float16)
+        return torch.bfloat16 if low else torch.float32
+
+    def finish(self, y: Tensor) -> Tensor | QuantizedTensor:
+        """The output: as it is, or quantized where an output spec asks for it and no batch norm comes in between."""
+        if self.output_quantizer is None or (self._batch_norm and not self.folds()):
+            return y
+        return self.quantize_output(y)
+
+    def quantize_output(self, y: Tensor) -> Tensor | QuantizedTensor:
+        """The output quantizer's codes, or their values where a consumer needs floats."""
+        assert self.output_quantizer is not None
+        if self.calibrating:
+            if self.output_quantizer.observing:
+                self.output_quantizer.observe(y)
+            return self.output_quantizer.clamp(y)
+        codes = self.output_quantizer.quantize(y)
+        return codes if self.plan.emits_codes else codes.dequantize(y.dtype)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        for role in ("weight", "input", "output"):
+            spec = getattr(self.plan, role)
+            if spec is not None:
+                parts.append(f"{role}={spec}")
+        return ", ".join(p for p in parts if p)
+
+
+REGISTRY: dict[type[nn.Module], type[QuantizedModule]] = {}
+"""Float module type -> quantized module type."""
+
+
+def register(cls: type[QuantizedModule]) -> type[QuantizedModule]:
+    """Class decorator: ``prepare`` swaps ``cls.replaces`` for ``cls`` from now on."""
+    REGISTRY[cls.replaces] = cls
+    return cls

@@ -1,0 +1,168 @@
+"""Quantized convolutions of one, two and three dimensions, plain and transposed.
+
+A transposed convolution is a plain one: its input is spread out with zeros (codes of real zero) and its kernel is
+flipped, so that every backend serves it. Its weight is seen, and stored, as that plain convolution's:
+(out, in // groups, *kernel).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.errors import UnsupportedError
+from qat.kernels import ste
+from qat.kernels.contract import Geometry
+from qat.modules.base import QuantizedModule, register
+from qat.numerics.tensor import QuantizedTensor
+
+
+class QuantizedConvolution(QuantizedModule):
+    """x (batch, in, *spatial) or (in, *spatial); weight (out, in // groups, *kernel)."""
+
+    def forward(self, x: Tensor | QuantizedTensor) -> Any:
+        if self.calibrating or self.plan.weight is None:
+            return self.finish(self._conv_forward(self.float_input(x), self.weight, self.bias))
+        weight = self.quantized_weight()
+        if self.plan.input is None:
+            values = self.float_input(x)
+            return self.finish(self._conv_forward(values, weight.dequantize(values.dtype), self.bias))
+        single = len(x.shape) == len(self.kernel_size) + 1
+        if isinstance(x, Tensor):
+            x = self._pad(x.unsqueeze(0) if single else x)
+        y = self._integer(self.quantized_input(x), weight)
+        return self.finish(y.squeeze(0) if single else y)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Padding that is not zeros is made before the quantizer: it repeats values, so it repeats codes."""
+        if self.padding_mode == "zeros":
+            return x
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+
+    def _integer(self, x: QuantizedTensor, weight: QuantizedTensor) -> Tensor:
+        before, after = self._paddings()
+        geometry = Geometry(self.stride, after, self.dilation, self.groups)
+        y = self.product(x, weight, geometry=geometry)
+        for dim, (left, right) in enumerate(zip(before, after)):
+            if left != right:
+                y = y.narrow(2 + dim, right - left, y.shape[2 + dim] - (right - left))
+        return y
+
+    def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Zeros before and after, for each spatial dimension (``same`` pads one more behind for even kernels)."""
+        if self.padding_mode != "zeros" or self.padding == "valid":
+            return (0,) * len(self.kernel_size), (0,) * len(self.kernel_size)
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+            return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+        return self.padding, self.padding
+
+
+@register
+class QuantizedConv1d(QuantizedConvolution, nn.Conv1d):
+    """``nn.Conv1d`` on integers."""
+
+    replaces = nn.Conv1d
+
+
+@register
+class QuantizedConv2d(QuantizedConvolution, nn.Conv2d):
+    """``nn.Conv2d`` on integers."""
+
+    replaces = nn.Conv2d
+
+
+@register
+class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
+    """``nn.Conv3d`` on integers."""
+
+    replaces = nn.Conv3d
+
+
+class QuantizedTransposedConvolution(QuantizedModule):
+    """x (batch, in, *spatial); ``weight`` (in, out // groups, *kernel), its codes (out, in // groups, *kernel)."""
+
+    def weight_matrix(self) -> Tensor:
+        weight = self.weight
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2).flip(*range(3, weight.dim() + 1))
+        return grouped.reshape(self.out_channels, self.in_channels // self.groups, *weight.shape[2:])
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        grouped = matrix.reshape(self.groups, -1, *matrix.shape[1:]).transpose(1, 2).flip(*range(3, matrix.dim() + 1))
+        return grouped.reshape(self.in_channels, self.out_channels // self.groups, *matrix.shape[2:])
+
+    def forward(self, x: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
+        dims = len(self.kernel_size)
+        single = len(x.shape) == dims + 1
+        if isinstance(x, Tensor) and single:
+            x = x.unsqueeze(0)
+        sized = torch.empty((1, 1, *x.shape[-dims:]), device="meta")
+        extra = self._output_padding(sized, output_size, list(self.stride), list(self.padding),
+                                     list(self.kernel_size), dims, list(self.dilation))
+        if self.calibrating or self.plan.weight is None:
+            y = self._float(self.float_input(x), self.weight, self.bias, extra)
+        elif self.plan.input is None:
+            values = self.float_input(x)
+            weight = self.weight_from_matrix(self.quantized_weight().dequantize(values.dtype))
+            y = self._float(values, weight, self.bias, extra)
+        else:
+            spread = self._spread(self.quantized_input(x), extra)
+            geometry = Geometry((1,) * dims, (0,) * dims, self.dilation, self.groups)
+            y = self.product(spread, self.quantized_weight(), geometry=geometry)
+        return self.finish(y.squeeze(0) if single else y)
+
+    def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None, extra: list[int]) -> Tensor:
+        convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(self.kernel_size)]
+        return convolve(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+    def _spread(self, x: QuantizedTensor, extra: list[int]) -> QuantizedTensor:
+        """The codes ``stride`` apart on a canvas of real zeros, with the margin that the flipped kernel needs."""
+        if isinstance(x.zero_point, Tensor):
+            raise UnsupportedError(f"{self.name}: a transposed convolution needs one zero point for the batch; use "
+                                   "symmetric: true for dynamic inputs")
+        if not x.spec.fmt.has_zero:
+            raise UnsupportedError(f"{self.name}: {x.spec.fmt} has no zero to spread the input with; use an affine "
+                                   "format for the input of transposed convolutions")
+        margins = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)]
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride)]
+        window = (slice(None), slice(None), *(slice(max(0, m), max(0, m) + n, s)
+                                              for m, n, s in zip(margins, sizes, self.stride)))
+        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, sizes, extra)]
+        crop = (slice(None), slice(None), *(slice(max(0, -m), f - max(0, -(m + e)))
+                                            for m, f, e in zip(margins, full, extra)))
+
+        def spread(codes: Tensor, fill: float) -> Tensor:
+            canvas = codes.new_full((*codes.shape[:2], *full), fill)
+            canvas[window] = codes
+            return canvas[crop]
+
+        def back(g: Tensor) -> Tensor:
+            canvas = g.new_zeros((*g.shape[:2], *full))
+            canvas[crop] = g
+            return canvas[window]
+
+        return ste.rearranged(x, spread(x.codes, int(x.zero_point or 0)), back)
+
+
+@register
+class QuantizedConvTranspose1d(QuantizedTransposedConvolution, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` on integers."""
+
+    replaces = nn.ConvTranspose1d
+
+
+@register
+class QuantizedConvTranspose2d(QuantizedTransposedConvolution, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` on integers."""
+
+    replaces = nn.ConvTranspose2d
+
+
+@register
+class QuantizedConvTranspose3d(QuantizedTransposedConvolution, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` on integers."""
+
+    replaces = nn.ConvTranspose3d

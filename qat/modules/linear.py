@@ -1,0 +1,58 @@
+"""Quantized linear and embedding layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.modules.base import QuantizedModule, register
+from qat.numerics import affine
+from qat.numerics.tensor import QuantizedTensor
+
+
+@register
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """``y = x @ w.T + b`` on integers: x (..., in), w (out, in).
+
+    With float activations (weight-only) the codes are dequantized and multiplied in floating point.
+    """
+
+    replaces = nn.Linear
+
+    def forward(self, x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        if self.calibrating or self.plan.weight is None:
+            return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
+        weight = self.quantized_weight()
+        if self.plan.input is None:
+            values = self.float_input(x)
+            return self.finish(F.linear(values, weight.dequantize(values.dtype), self.bias))
+        return self.finish(self.product(self.quantized_input(x), weight))
+
+
+@register
+class QuantizedEmbedding(QuantizedModule, nn.Embedding):
+    """Rows of a table of codes, dequantized after they are looked up: indices (...) to (..., embedding_dim)."""
+
+    replaces = nn.Embedding
+    takes_input_spec = False
+
+    def forward(self, indices: Tensor) -> Tensor | QuantizedTensor:
+        if self.calibrating or self.plan.weight is None:
+            return self.finish(self._look_up(indices, self.weight))
+        table = self.quantized_weight()
+        if table.carrier is not None:
+            return self.finish(self._look_up(indices, table.dequantize(self.weight.dtype)))
+        spec = table.spec
+        rows = F.embedding(indices, table.codes)
+        flat = rows.reshape(-1, rows.shape[-1])
+        if spec.granularity != "per_tensor":
+            scale, zero_point = table.scale[indices.reshape(-1)], table.zero_point
+            zero_point = zero_point[indices.reshape(-1)] if isinstance(zero_point, Tensor) else zero_point
+        else:
+            scale, zero_point = table.scale, table.zero_point
+        values = affine.dequantize(flat, scale, zero_point, spec).reshape(rows.shape)
+        return self.finish(values.to(self.float_dtype))
+
+    def _look_up(self, indices: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(indices, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
+                           self.sparse)

@@ -1,0 +1,60 @@
+"""Modules that stay in floating point but in a narrower type: ``keep: float16`` and ``keep: bfloat16``.
+
+In training the float32 master parameters are rounded to the type at every forward; ``freeze`` rounds them once. The
+same values enter the same kernels, so prepared and deployed agree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.modules.base import adopt
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class NarrowFloat(nn.Module):
+    """Mixin for a module without children: inputs and parameters are cast to ``narrow``, outputs back to the dtype that came in."""
+
+    narrow: torch.dtype
+    frozen_narrow: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        came = [t.dtype for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+        args = tuple(_cast(a, self.narrow) for a in args)
+        kwargs = {k: _cast(v, self.narrow) for k, v in kwargs.items()}
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        master = self._parameters
+        if not self.frozen_narrow:
+            self._parameters = {k: _cast(p, self.narrow) for k, p in master.items()}
+        try:
+            with torch.autocast(device, enabled=False):
+                result = super().forward(*args, **kwargs)
+        finally:
+            self._parameters = master
+        return _cast(result, came[0] if came else torch.float32)
+
+    def freeze(self) -> None:
+        """Round the parameters for good."""
+        self.frozen_narrow = True
+        for p in self.parameters():
+            p.requires_grad_(False)
+            p.data = p.data.to(self.narrow)
+
+    skeleton = freeze
+
+
+def keep_in(module: nn.Module, dtype: str) -> nn.Module:
+    """Let a leaf ``module`` compute in ``float16`` or ``bfloat16``, in place; ``float32`` changes nothing."""
+    if dtype == "float32":
+        return module
+    adopted: NarrowFloat = adopt(NarrowFloat, module)
+    adopted.narrow, adopted.frozen_narrow = DTYPES[dtype], False
+    return adopted
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

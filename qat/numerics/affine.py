@@ -1,0 +1,179 @@
+"""Scale and zero point, quantize, dequantize. The only rounding in the package is in :func:`quantize`.
+
+    codes = clamp(round_half_even(float32(x) / scale) + zero_point, lo, hi)          affine grids
+    codes = clamp(floor(float32(x) / scale), lo, hi)                                 mid-rise grids (never zero)
+    codes = +1 where x >= 0, else -1                                                 sign grid
+
+It is a division, as ONNX defines it, never a multiplication by the reciprocal: the two differ on about 0.1 % of
+the codes. ``x`` is cast to float32 first. Scales are float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat.errors import SpecError
+from qat.numerics.formats import SCALE_DTYPES, Format, TensorSpec
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...], spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of the scale of a tensor of shape ``shape``.
+
+    Raises:
+        SpecError: if a group size does not divide the input.
+
+    >>> scale_shape((6, 8), TensorSpec("int4", "per_group", group_size=4))
+    (6, 2)
+    """
+    if spec.granularity == "per_channel":
+        return (shape[0],)
+    if spec.granularity == "per_group":
+        return (shape[0], math.prod(shape[1:]) // check_group(shape, spec))
+    if spec.granularity == "per_token":
+        return (*shape[:-1], 1) if shape else ()
+    if spec.granularity == "per_sample":
+        return (shape[0], *(1 for _ in shape[1:]))
+    return ()
+
+
+def check_group(shape: torch.Size | tuple[int, ...], spec: TensorSpec) -> int:
+    """The group size, if it divides the inputs of a weight of shape ``shape``; else :class:`SpecError`."""
+    size, inputs = spec.group_size or 1, math.prod(shape[1:])
+    if inputs % size:
+        raise SpecError(f"group_size {size} does not divide the {inputs} inputs of a weight of shape {tuple(shape)}")
+    return size
+
+
+def blocks(x: Tensor, spec: TensorSpec) -> Tensor:
+    """``x``, or for per_group scales ``x`` as (out, groups, group_size)."""
+    if spec.granularity != "per_group":
+        return x
+    size = check_group(x.shape, spec)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]) // size, size)
+
+
+def aligned(value: Tensor, x: Tensor, spec: TensorSpec) -> Tensor:
+    """A scale or zero point, reshaped to broadcast against ``x = blocks(...)``."""
+    if spec.granularity == "per_group":
+        return value.unsqueeze(-1)
+    if spec.granularity == "per_channel":
+        return value.reshape(-1, *([1] * (x.dim() - 1)))
+    return value
+
+
+def rows(x: Tensor, spec: TensorSpec) -> Tensor:
+    """``x`` as a matrix with one row for each scale: (scales, values that share it)."""
+    count = math.prod(scale_shape(x.shape, spec))
+    return x.reshape(count, x.numel() // count if count else 0)
+
+
+def reduce_range(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Least and greatest value for each scale, float32, in the shape of the scale. Without values: 0, 0."""
+    shape = scale_shape(x.shape, spec)
+    if x.numel() == 0:
+        zero = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        return zero, zero.clone()
+    if spec.granularity == "per_tensor":
+        low, high = x.aminmax()
+    else:
+        low, high = rows(x, spec).aminmax(dim=-1)
+    return low.float().reshape(shape), high.float().reshape(shape)
+
+
+def choose_qparams(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for values between ``low`` and ``high``.
+
+    The range is widened to hold 0, so that real zero is exactly representable; a range of zero width gets scale 1.
+    A scale is always finite and positive.
+
+    Returns:
+        ``scale`` float32 in the shape of ``low``; ``zero_point`` int32 likewise, or None for symmetric specs.
+    """
+    fmt = spec.fmt
+    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    if spec.symmetric is not False:
+        magnitude = torch.maximum(-low, high) if fmt.signed else high
+        return round_scale(magnitude / fmt.span, spec), None
+    steps = float(fmt.hi - fmt.lo)
+    scale = round_scale(high / steps - low / steps, spec)
+    zero_point = (fmt.lo - low / scale).round().clamp(fmt.lo, fmt.hi)
+    return scale, zero_point.to(torch.int32)
+
+
+def round_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
+    """``scale`` as the spec stores it: positive, finite, rounded to ``scale_dtype`` or up to a power of two; float32.
+
+    Zero (a dead channel, a constant input) becomes 1.
+    """
+    scale = torch.where(scale > 0, scale.float().clamp(TINY, torch.finfo(torch.float32).max), 1.0)
+    if spec.power_of_two:
+        mantissa, exponent = torch.frexp(scale)
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
+        scale = torch.ldexp(torch.ones_like(scale), exponent)
+    if spec.scale_dtype != "float32":
+        dtype = SCALE_DTYPES[spec.scale_dtype]
+        scale = scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype).float()
+    return scale
+
+
+def mean_magnitude(x: Tensor, spec: TensorSpec) -> Tensor:
+    """``mean |x|`` for each scale: the scale of binary and of ternary (BitNet b1.58) tensors. Float32."""
+    shape = scale_shape(x.shape, spec)
+    if x.numel() == 0:
+        return torch.ones(shape, device=x.device)
+    return rows(x.float().abs(), spec).mean(-1).reshape(shape)
+
+
+def rounded(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec) -> Tensor:
+    """The code each value would get if the grid had no ends: float32, in the shape of ``blocks(x, spec)``.
+
+    Everything that quantizes goes through here: this is the one rounding.
+    """
+    x = blocks(x, spec)
+    if spec.fmt.grid == "sign":
+        return torch.where(x >= 0, 1.0, -1.0)
+    ratio = torch.div(x.float(), aligned(scale, x, spec))
+    if spec.fmt.grid == "midrise":
+        return ratio.floor_()
+    ratio.round_()
+    if zero_point is None:
+        return ratio
+    return ratio.add_(zero_point if isinstance(zero_point, int) else aligned(zero_point, x, spec))
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec) -> Tensor:
+    """The codes of ``x``: an integer tensor of ``spec.fmt.dtype`` in the shape (and memory format) of ``x``.
+
+    Args:
+        x: any floating dtype; cast to float32 before the division.
+        scale: float32, positive, in the shape of :func:`scale_shape`.
+        zero_point: None (zero), an int, or a tensor in the shape of ``scale``.
+        spec: format and granularity.
+    """
+    fmt = spec.fmt
+    return rounded(x, scale, zero_point, spec).clamp_(fmt.lo, fmt.hi).to(fmt.dtype).reshape(x.shape)
+
+
+def levels(codes: Tensor, zero_point: Tensor | int | None, spec: TensorSpec) -> Tensor:
+    """Codes to the integers that enter the matrix product (zero point taken off).
+
+    int8 where they fit, else int16 (an affine 8-bit tensor reaches -255..255).
+    """
+    fmt: Format = spec.fmt
+    if zero_point is None or (isinstance(zero_point, int) and zero_point == 0):
+        return fmt.levels(codes)
+    wide = blocks(codes, spec).to(torch.int16)
+    wide -= zero_point if isinstance(zero_point, int) else aligned(zero_point.to(torch.int16), wide, spec)
+    return (wide.to(torch.int8) if fmt.hi - fmt.lo <= 127 else wide).reshape(codes.shape)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec) -> Tensor:
+    """``float32(level) * (scale * unit)``: one rounding, the product's. Float32, in the shape of ``codes``."""
+    values = blocks(levels(codes, zero_point, spec), spec).float()
+    step = scale * spec.fmt.unit if spec.fmt.unit != 1.0 else scale
+    return values.mul_(aligned(step, values, spec)).reshape(codes.shape)

@@ -1,0 +1,84 @@
+"""Codes of 1 to 8 bits packed into bytes, and back.
+
+Codes are laid out flat in row-major order as unsigned fields ``code - lo`` (sign grid: ``(code + 1) / 2``), the first
+code in the lowest bits: eight 1-bit codes in a byte, two 4-bit codes, eight 3-bit codes in three bytes. The last byte
+is filled up with zero bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat.errors import CheckpointError
+from qat.numerics.formats import Format
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take.
+
+    >>> packed_size(9, 1), packed_size(3, 4), packed_size(5, 3)
+    (2, 2, 2)
+    """
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, fmt: Format) -> Tensor:
+    """The codes as bytes: uint8 of shape ``(packed_size(codes.numel(), fmt.bits),)``.
+
+    >>> from qat.numerics.formats import get_format
+    >>> pack(torch.tensor([1, -1, -1, 1], dtype=torch.int8), get_format("binary")).tolist()
+    [9]
+    """
+    flat = codes.reshape(-1).to(torch.int16)
+    fields = ((flat + 1) // 2 if fmt.grid == "sign" else flat - fmt.lo).to(torch.uint8)
+    if fmt.bits == 8:
+        return fields
+    if 8 % fmt.bits == 0:
+        each = 8 // fmt.bits
+        fields = _padded(fields, each).view(-1, each)
+        packed = fields[:, 0].clone()
+        for i in range(1, each):
+            packed |= fields[:, i] << (i * fmt.bits)
+        return packed
+    width = torch.arange(fmt.bits, dtype=torch.uint8, device=codes.device)
+    stream = ((_padded(fields, 8).unsqueeze(-1) >> width) & 1).view(-1, 8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (stream * weights).sum(-1, dtype=torch.uint8)[: packed_size(codes.numel(), fmt.bits)].contiguous()
+
+
+def unpack(packed: Tensor, fmt: Format, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The codes that :func:`pack` packed: ``fmt.dtype`` in ``shape``.
+
+    Raises:
+        CheckpointError: if the bytes do not hold exactly this many codes, or a code that the format lacks.
+    """
+    count = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, fmt.bits):
+        raise CheckpointError(f"{count} codes of {fmt.bits} bits take {packed_size(count, fmt.bits)} bytes, "
+                              f"not {packed.numel()} of {packed.dtype}")
+    packed = packed.reshape(-1)
+    if fmt.bits == 8:
+        fields = packed
+    elif 8 % fmt.bits == 0:
+        each, mask = 8 // fmt.bits, (1 << fmt.bits) - 1
+        fields = torch.stack([(packed >> (i * fmt.bits)) & mask for i in range(each)], dim=-1).view(-1)
+    else:
+        bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+        stream = bits.view(-1)[: count * fmt.bits].view(count, fmt.bits)
+        weights = 1 << torch.arange(fmt.bits, dtype=torch.uint8, device=packed.device)
+        fields = (stream * weights).sum(-1, dtype=torch.uint8)
+    fields = fields[:count]
+    if fmt.grid == "sign":
+        codes = fields.to(torch.int8) * 2 - 1
+    else:
+        codes = (fields.to(torch.int16) + fmt.lo).to(fmt.dtype)
+    if fmt.values < 1 << fmt.bits and count and int(codes.max()) > fmt.hi:
+        raise CheckpointError(f"a packed code is outside of {fmt}: {fmt.lo}..{fmt.hi}")
+    return codes.reshape(shape)
+
+
+def _padded(fields: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(fields, (0, -fields.numel() % multiple))

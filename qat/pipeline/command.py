@@ -1,0 +1,206 @@
+"""The command line: Hydra composes, a task runs, and what a user can put right is said in one clean paragraph."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+
+import qat
+from qat.errors import ConfigError, QuantizationError, nearest
+from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.evaluation import measure
+from qat.pipeline.run import Run
+from qat.pipeline.storage import claim
+from qat.reporting import compare, read_csv
+from qat.training.build import allow_targets, build
+
+Task = Callable[[DictConfig, Console], None]
+
+
+def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], None]:
+    """``main()`` for a script: compose ``config_name`` with the command line's overrides, and call ``task``.
+
+    Errors that a user can put right end the process with one paragraph and status 1; ``debug=true`` (or
+    HYDRA_FULL_ERROR=1) shows the traceback. Ctrl-C ends it with status 130.
+    """
+
+    def main() -> None:
+        full = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (a.lower() for a in sys.argv[1:])
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them its own way
+        OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+        console = Console()
+        if not full:
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
+        failures = 0
+
+        def say(error: Exception) -> None:
+            text = escape(explain(error, config_folder, config_name))
+            Console(stderr=True).print(f"[bold red]Error:[/] {text}", highlight=False, soft_wrap=True)
+
+        def job(config: DictConfig) -> None:
+            """One job; in a multirun the next one goes on after an error."""
+            nonlocal failures
+            try:
+                task(config, console)
+            except (QuantizationError, OmegaConfBaseException, OSError) as error:
+                if full:
+                    raise
+                failures += 1
+                say(error)
+
+        try:
+            hydra.main(str(config_folder), config_name, version_base="1.3")(job)()
+        except KeyboardInterrupt:
+            console.print("\nStopped.", style="bold")
+            sys.exit(130)
+        except (QuantizationError, HydraException, OmegaConfBaseException) as error:
+            if full:
+                raise
+            say(error)
+            sys.exit(1)
+        if failures:
+            sys.exit(1)
+
+    return main
+
+
+def train(config: DictConfig, console: Console) -> None:
+    """The task of train.py: make or continue the run of the output folder."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        check_keys(config, STORED + OF_THE_CALL, "")
+        if config.resume is None:
+            values = run_config(config)
+        else:
+            others = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in OF_THE_CALL]
+            if others:
+                raise ConfigError(f"resume= continues a run as it was configured; leave out {', '.join(others)}.")
+            allow_targets(*(config.allow_targets or ()))
+            values = stored_config(folder)
+        with claim(folder):
+            run = Run(values, folder, console)
+            console.print(f"[dim]run folder[/] {_shown(folder)}", highlight=False, soft_wrap=True)
+            try:
+                run.execute()
+            except KeyboardInterrupt:
+                console.print(f"\nContinue with: python train.py resume={_shown(folder)}", style="bold", soft_wrap=True)
+                raise
+            console.print(f"[dim]report[/] {_shown(folder / 'report.html')}", highlight=False, soft_wrap=True)
+    finally:
+        _forget_if_unused(folder)
+
+
+def evaluate(config: DictConfig, console: Console) -> None:
+    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table."""
+    check_keys(config, STORED + OF_THE_CALL, "")
+    allow_targets(*(config.allow_targets or ()))
+    if (config.run is None) == (config.deployed is None):
+        raise ConfigError("Say what to evaluate: run=<run folder> or deployed=<deployed folder>.")
+    folder = Path(config.run or config.deployed)
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}.")
+    if config.run is not None:
+        results = Run(stored_config(folder), folder, console).evaluate()
+        table = folder / "results.csv"
+    else:
+        values = stored_config(folder) if (folder / "config.yaml").exists() else run_config(config)
+        data = build(values["data"], "data")
+        data.setup("test")
+        deployed = qat.load(folder, build(values["model"], "model")).eval()
+        size = (folder / "model.safetensors").stat().st_size
+        run = Run(values, folder, console)
+        results = measure(
+            {"deployed": deployed}, {"deployed": size}, data.test_dataloader(), values["metrics"], run.device, 30
+        )
+        table = folder.resolve().parent / "results.csv"
+    console.print(results.render())
+    if not table.exists():
+        console.print("There is no stored table to compare with.")
+        return
+    differences = compare(results, read_csv(table))
+    if differences:
+        raise QuantizationError(f"The figures differ from {_shown(table)}. " + " ".join(differences))
+    console.print(
+        f"Every figure equals the one in {_shown(table)} (latency is not compared).", style="green", soft_wrap=True
+    )
+
+
+def explain(error: Exception, config_folder: Path, config_name: str) -> str:
+    """One paragraph for a user: what is wrong, and the nearest valid name."""
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        choices = ", ".join(error.options)
+        return f"{group}={choice}: there is no such choice{nearest(choice, error.options) or '.'} Choices: {choices}."
+    if isinstance(error.__cause__, QuantizationError):  # raised inside an interpolation
+        return str(error.__cause__)
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        if found := re.search(r"Missing mandatory value: (\S+)", str(error)):
+            return f"{found[1]} must be given: {found[1]}=<value>."
+        found = re.search(r"(?:Could not override|Key) '([^']+)'", str(error))
+        if found:
+            keys = sorted(set(_known_keys(config_folder, config_name)))
+            return f"There is no option {found[1]!r}{nearest(found[1], keys) or '.'} (--help lists all options.)"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}."
+    return str(error).strip()
+
+
+def _known_keys(config_folder: Path, config_name: str) -> Iterator[str]:
+    """The dotted name of every option, with the choices of config groups that the command line makes."""
+    groups = [p.name for p in config_folder.iterdir() if p.is_dir()]
+    yield from groups
+    choices = [
+        argument
+        for argument in sys.argv[1:]
+        if (name := argument.split("=")[0]) in groups
+        and (config_folder / name / f"{argument.split('=')[1]}.yaml").exists()
+    ]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_folder), version_base="1.3"):
+        composed = hydra.compose(config_name, choices)
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                yield f"{prefix}{key}"
+                yield from walk(value, f"{prefix}{key}.")
+
+    yield from walk(OmegaConf.to_container(composed, resolve=False), "")
+
+
+def _run_folder(resume: str | None, job: str) -> str:
+    """Hydra's output folder: that of the resumed run, or a new one named by the time and the job."""
+    if resume is None:
+        return f"runs/{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{job}"
+    if not (Path(resume) / "config.yaml").is_file():
+        raise ConfigError(f"resume={resume}: there is no run (a folder with a config.yaml).")
+    return resume
+
+
+def _forget_if_unused(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run that never began."""
+    if folder.is_dir() and not (folder / "config.yaml").exists():
+        (folder / ".lock").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,136 @@
+"""Measure the models of a run on its whole test set, from what is on disk."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+import qat
+from qat.errors import CheckpointError
+from qat.pipeline.storage import load_weights
+from qat.reporting import Results, Row
+from qat.training.build import build
+from qat.training.module import call_network
+
+MODELS = ("float", "control", "ptq", "qat", "deployed")
+
+
+def weights_file(folder: Path, model: str) -> Path:
+    """Where the run ``folder`` keeps the weights of a model of the table."""
+    return folder / "deployed" / "model.safetensors" if model == "deployed" else folder / model / "weights.safetensors"
+
+
+def load_model(config: Mapping[str, Any], folder: Path, model: str) -> nn.Module:
+    """One model of the table, in eval mode, with the weights of the run ``folder``.
+
+    Raises:
+        CheckpointError: the stage that makes it has not finished, or its files are damaged.
+    """
+    network: nn.Module = build(config["model"], "model")
+    if model == "deployed":
+        return qat.load(folder / "deployed", network).eval()
+    if model in ("ptq", "qat"):
+        network = qat.prepare(network, qat.Recipe.from_dict(config["recipe"]))
+    load_weights(network, weights_file(folder, model))
+    return network.eval()
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    sizes: Mapping[str, int],
+    batches: Iterable[tuple[Any, Tensor]],
+    metrics: Mapping[str, Any],
+    device: torch.device,
+    repeats: int,
+) -> Results:
+    """Score, agreement, parity and latency of ``models`` (by their names in the table), batch by batch, in one pass.
+
+    Args:
+        models: in eval mode.
+        sizes: bytes of each model's weights file.
+        batches: (inputs, target); predictions are the argmax over dimension 1 of the output.
+        metrics: configs of torchmetrics by name; the first one is the score.
+        device: where to run.
+        repeats: timed passes for each model over the first batch.
+    """
+    metric_name, metric_config = next(iter(metrics.items()))
+    scores: dict[str, Metric] = {name: build(metric_config, f"metrics.{metric_name}").to(device) for name in models}
+    agreement = {
+        (name, other): MeanMetric().to(device) for name in models for other in ("float", "qat") if other in models
+    }
+    examples, first, bit_equal, difference = 0, None, True, 0.0
+    for model in models.values():
+        model.to(device)
+    with torch.no_grad():
+        for batch in batches:
+            inputs, target = _to(batch, device)
+            first = inputs if first is None else first
+            outputs = {name: call_network(model, inputs) for name, model in models.items()}
+            for name, output in outputs.items():
+                scores[name].update(output, target)
+            for (name, other), mean in agreement.items():
+                mean.update((outputs[name].argmax(1) == outputs[other].argmax(1)).float())
+            if "deployed" in models and "qat" in models:
+                deployed, prepared = outputs["deployed"], outputs["qat"]
+                bit_equal &= torch.equal(deployed, prepared)
+                difference = max(difference, (deployed.double() - prepared.double()).abs().max().item())
+            examples += len(target)
+        if first is None:
+            raise CheckpointError("The test set is empty: there is nothing to measure.")
+        latency = alternating_latency(models, first, repeats, device)
+    shares = {pair: float(mean.compute()) for pair, mean in agreement.items()}
+    compared = "deployed" in models and "qat" in models
+    return Results(
+        metric=metric_name,
+        rows=[
+            Row(
+                name,
+                float(scores[name].compute()),
+                shares.get((name, "float")),
+                shares.get((name, "qat")),
+                sizes[name],
+                latency[name],
+            )
+            for name in models
+        ],
+        bit_equal=bit_equal if compared else None,
+        greatest_difference=difference if compared else None,
+        examples=examples,
+        batch_size=len(next(iter(first.values())) if isinstance(first, Mapping) else first),
+    )
+
+
+def alternating_latency(
+    models: Mapping[str, nn.Module], inputs: Any, repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median milliseconds of a forward pass. The models take turns, so that a disturbance meets all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn, (name, model) in itertools.product(range(repeats + 2), models.items()):
+        _wait(device)
+        start = time.perf_counter()
+        call_network(model, inputs)
+        _wait(device)
+        if turn >= 2:  # the first turns warm caches up
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_to(item, device) for item in value)
+    return value.to(device)

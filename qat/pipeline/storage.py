@@ -1,0 +1,87 @@
+"""A run folder that survives a kill at any moment: every file is complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from qat.errors import CheckpointError, ConfigError
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a temporary neighbour of ``path``, bring it to the disk, and only then give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        fill(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """The state dict as safetensors; tied tensors are stored once."""
+    write(path, lambda temporary: save_model(network, str(temporary)))
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load what `save_weights` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another architecture.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing: the run has not come that far. Continue it with resume={path.parents[1]}."
+        )
+    try:
+        load_model(network, path)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} does not hold the weights of this network: {error}") from error
+    except Exception as error:  # safetensors raises a class of its own that derives from Exception directly
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written like every other file of the run folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Own ``folder`` while the block runs, so that two processes never write into one run; a kill gives it back.
+
+    Raises:
+        ConfigError: another process owns it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"Another process is running in {folder}.") from error
+        yield

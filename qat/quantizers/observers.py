@@ -1,0 +1,285 @@
+"""Observers: what they have seen, and the scale and zero point that follow from it.
+
+Every observer keeps its state in buffers whose shapes are final from the start, so state dicts load at any time.
+Ranges of several processes can be merged: least and greatest values by min and max, histograms by addition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import CalibrationError, SpecError
+from qat.numerics import affine
+from qat.numerics.formats import TensorSpec
+
+BINS = 4096
+"""Bins of a histogram, symmetric about zero; their width is a power of two."""
+
+CANDIDATES = 100
+"""How many clipping ranges a search tries."""
+
+
+class Observer(nn.Module):
+    """Least and greatest value seen, for each scale.
+
+    Args:
+        spec: what the range is for.
+        shape: shape of the tensors observed, with the leading dimension that scales follow; None for activations.
+
+    Buffers: ``low`` and ``high``, float32 in the shape of the scale.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        size = affine.scale_shape(shape, spec) if shape is not None else ()
+        self.register_buffer("low", torch.full(size, torch.inf))
+        self.register_buffer("high", torch.full(size, -torch.inf))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been seen yet."""
+        return bool((self.low > self.high).any())
+
+    def reset(self) -> None:
+        self.low.fill_(torch.inf)
+        self.high.fill_(-torch.inf)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take a batch into account. An empty batch changes nothing.
+
+        Raises:
+            CalibrationError: NaN or infinity in ``x``.
+        """
+        if x.numel() == 0:
+            return
+        low, high = affine.reduce_range(x.detach(), self.spec)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise CalibrationError("NaN or infinity")
+        self.update(x.detach(), low, high)
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        torch.minimum(self.low, low, out=self.low)
+        torch.maximum(self.high, high, out=self.high)
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point for what has been seen."""
+        return affine.choose_qparams(self.low, self.high, self.spec)
+
+
+class MovingAverageObserver(Observer):
+    """Exponential moving average of each batch's least and greatest value (Jacob et al. 2018)."""
+
+    momentum = 0.1
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        if self.empty:
+            super().update(x, low, high)
+        else:
+            self.low.lerp_(low, self.momentum)
+            self.high.lerp_(high, self.momentum)
+
+
+class MeanMagnitudeObserver(Observer):
+    """``mean |x|`` over everything seen: the scale of sign and ternary grids. ``high`` holds the sum, ``low`` the count."""
+
+    def reset(self) -> None:
+        self.low.zero_()
+        self.high.zero_()
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        self.reset()
+
+    @property
+    def empty(self) -> bool:
+        return bool((self.low == 0).any())
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        count = x.numel() // max(1, self.low.numel())
+        self.high += affine.mean_magnitude(x, self.spec) * count
+        self.low += count
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        return affine.round_scale(self.high / self.low, self.spec), None
+
+
+class HistogramObserver(Observer):
+    """A histogram with bins of a power-of-two width about zero; when values outgrow it, pairs of bins are merged.
+
+    So histograms of different batches or processes add up exactly, in any order. For one scale only.
+    """
+
+    histogram: Tensor
+    width: Tensor
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        if self.low.dim():
+            raise SpecError(f"observer {spec.observer} keeps one histogram: it needs granularity: per_tensor "
+                            f"(weights: minmax or mse)")
+        self.register_buffer("histogram", torch.zeros(BINS, dtype=torch.float64))
+        self.register_buffer("width", torch.zeros(()))
+
+    def reset(self) -> None:
+        super().reset()
+        self.histogram.zero_()
+        self.width.zero_()
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        super().update(x, low, high)
+        reach = float(torch.maximum(-low, high))
+        if reach == 0.0:
+            reach = float(affine.TINY) * BINS
+        needed = float(torch.ldexp(torch.ones(()), torch.frexp(torch.tensor(reach / (BINS // 2)))[1]))
+        if float(self.width) == 0.0:
+            self.width.fill_(needed)
+        while float(self.width) < needed:
+            self.merge_bins()
+        index = (x.float() / self.width).floor_().add_(BINS // 2).clamp_(0, BINS - 1).long()
+        self.histogram += torch.bincount(index.reshape(-1), minlength=BINS).to(self.histogram.dtype)
+
+    def merge_bins(self) -> None:
+        """Double the width: bins 2i and 2i + 1 become one, about the same zero."""
+        merged = self.histogram.view(-1, 2).sum(1)
+        self.histogram.zero_()
+        self.histogram[BINS // 4 : BINS // 4 + BINS // 2] = merged
+        self.width.mul_(2)
+
+    def centers(self) -> Tensor:
+        """The value at the middle of each bin, float64."""
+        return (torch.arange(BINS, dtype=torch.float64, device=self.width.device) - BINS // 2 + 0.5) * self.width
+
+    def candidates(self) -> list[tuple[Tensor, Tensor]]:
+        """Ranges to try: the whole, and shrunken copies of it."""
+        low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
+        return [(low * f, high * f) for f in torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES).tolist()]
+
+    def best(self, loss) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
+        """Scale and zero point of the candidate range with the least ``loss(scale, zero_point)``."""
+        tried = [affine.choose_qparams(low, high, self.spec) for low, high in self.candidates()]
+        losses = torch.stack([loss(scale, zero_point) for scale, zero_point in tried])
+        return tried[int(losses.argmin())]
+
+
+class PercentileObserver(HistogramObserver):
+    """The range that holds ``spec.percentile`` percent of the mass, the rest cut off evenly at both ends."""
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        mass = self.histogram.cumsum(0) / self.histogram.sum()
+        tail = (1.0 - self.spec.percentile / 100.0) / (2.0 if float(self.low) < 0.0 < float(self.high) else 1.0)
+        edges = (torch.arange(BINS, device=self.width.device) - BINS // 2) * self.width
+        first = int((mass <= tail).sum()) if float(self.low) < 0.0 else 0
+        last = min(int((mass < 1.0 - tail).sum()), BINS - 1) if float(self.high) > 0.0 else BINS - 1
+        low = torch.maximum(edges[first], self.low)
+        high = torch.minimum(edges[last] + self.width, self.high)
+        return affine.choose_qparams(low, high, self.spec)
+
+
+class HistogramMSEObserver(HistogramObserver):
+    """The range with the least mean squared error, searched over the histogram."""
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        values = self.centers().float()
+
+        def loss(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+            codes = affine.quantize(values, scale, zero_point, self.spec)
+            error = affine.dequantize(codes, scale, zero_point, self.spec) - values
+            return (error.double().square() * self.histogram).sum()
+
+        return self.best(loss)
+
+
+class EntropyObserver(HistogramObserver):
+    """The range with the least Kullback-Leibler divergence of the quantized from the seen distribution.
+
+    As TensorRT's calibrator does (Migacz 2017): mass outside the range falls on its ends, and each code spreads its
+    mass evenly over the bins that are not empty.
+    """
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        seen = self.histogram / self.histogram.sum()
+        full = seen > 0
+        values = self.centers().float()
+
+        def loss(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+            fmt = self.spec.fmt
+            free = affine.rounded(values, scale, zero_point, self.spec)
+            inside = (free >= fmt.lo) & (free <= fmt.hi)
+            codes = (free.clamp(fmt.lo, fmt.hi) - fmt.lo).long()
+            kept = seen * inside
+            reference = kept.clone()
+            for end, lost in ((0, seen[free < fmt.lo].sum()), (-1, seen[free > fmt.hi].sum())):
+                reached = inside.nonzero()
+                if reached.numel():
+                    reference[reached[end]] += lost
+            spread = full & inside
+            mass = torch.zeros(fmt.values, dtype=seen.dtype, device=seen.device).index_add_(0, codes, kept)
+            count = torch.zeros_like(mass).index_add_(0, codes, spread.to(seen.dtype))
+            model = torch.where(spread, mass[codes] / count[codes].clamp(min=1), 0.0)
+            model = model / model.sum().clamp(min=1e-300)
+            terms = torch.where(reference > 0, reference * (reference / model.clamp(min=1e-12)).log(), 0.0)
+            return terms.sum()
+
+        return self.best(loss)
+
+
+class RowMSEObserver(Observer):
+    """The range with the least mean squared error for each row of a weight, searched on the weight last seen."""
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        self.found: tuple[Tensor, Tensor | None] | None = None
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        self.low.copy_(low)
+        self.high.copy_(high)
+        shape = self.low.shape
+        best = torch.full(shape, torch.inf, device=x.device)
+        scale, zero_point = affine.choose_qparams(low, high, self.spec)
+        for factor in torch.linspace(1.0, 0.2, CANDIDATES // 2).tolist():
+            tried, offset = affine.choose_qparams(low * factor, high * factor, self.spec)
+            codes = affine.quantize(x, tried, offset, self.spec)
+            error = affine.dequantize(codes, tried, offset, self.spec) - x.float()
+            loss = affine.rows(error.square_(), self.spec).sum(-1).reshape(shape)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            scale = torch.where(better, tried, scale)
+            if zero_point is not None and offset is not None:
+                zero_point = torch.where(better, offset, zero_point)
+        self.found = scale, zero_point
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        if self.found is None:
+            return super().qparams()
+        return self.found
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": Observer,
+    "moving_average": MovingAverageObserver,
+    "percentile": PercentileObserver,
+    "mse": HistogramMSEObserver,
+    "entropy": EntropyObserver,
+}
+"""Observers by name, for activations."""
+
+
+def make_observer(spec: TensorSpec, shape: torch.Size | None = None) -> Observer:
+    """The observer a spec asks for. ``shape``: of the weight; None for an activation.
+
+    Sign and ternary grids take their scale from the mean magnitude; ``mse`` on weights searches each row.
+    """
+    fmt = spec.fmt
+    if spec.observer != "mse" and (fmt.grid == "sign" or fmt.name == "ternary"):
+        return MeanMagnitudeObserver(spec, shape)
+    if spec.observer == "mse" and fmt.grid == "sign":
+        return MeanMagnitudeObserver(spec, shape)
+    if shape is not None and spec.observer == "mse":
+        return RowMSEObserver(spec, shape)
+    return OBSERVERS[spec.observer](spec, shape)

@@ -1,0 +1,398 @@
+"""Quantizers: float tensor in, codes out; or, called like a module, the quantized-dequantized tensor.
+
+    quantizer(x)             a tensor again, with the straight-through gradient: a drop-in fake-quantize module
+    quantizer.quantize(x)    a QuantizedTensor: the codes, for the integer kernels
+
+Both use the same observer, the same scale, the same rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import CalibrationError, NotCalibratedError, SpecError
+from qat.kernels import ste
+from qat.numerics import affine
+from qat.numerics.formats import TensorSpec
+from qat.numerics.tensor import QuantizedTensor
+from qat.quantizers.observers import make_observer
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers.
+
+    Args:
+        spec: completed by ``for_weight()`` or ``for_activation()``.
+        shape: shape of the weight; None for an activation.
+
+    Attributes:
+        name: dotted name in the model, for messages.
+        observing: whether ranges move. Set by ``calibrate`` and the schedule; independent of ``train()``/``eval()``.
+        floor, ceiling: clamp of an absorbed activation function (ReLU: 0 and None).
+    """
+
+    is_quantizer = True
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shape = shape
+        self.name = ""
+        self.observing = False
+        self.floor: float | None = None
+        self.ceiling: float | None = None
+
+    @property
+    def is_weight(self) -> bool:
+        return self.shape is not None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a range to quantize with."""
+        return True
+
+    def absorb(self, floor: float | None, ceiling: float | None) -> None:
+        """Take over an activation function in front that clamps to ``[floor, ceiling]``."""
+        self.floor, self.ceiling = floor, ceiling
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """The absorbed activation function alone, in floating point."""
+        return x if self.floor is None and self.ceiling is None else x.clamp(self.floor, self.ceiling)
+
+    def observe(self, x: Tensor) -> None:
+        """Take ``x`` into account for the range."""
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The codes of ``x``, with a carrier for the gradient where one is needed."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer codes of ``x``, in its shape."""
+        return self.quantize(x).codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``dequantize(quantize(x))`` in the dtype of ``x``, with the straight-through gradient."""
+        return self.quantize(x).dequantize(x.dtype)
+
+    def grid(self, **changes: Any) -> ste.Grid:
+        return ste.Grid(self.spec, self.floor, self.ceiling, **changes)
+
+    def freeze(self) -> Quantizer:
+        """This quantizer without its observer, parameters and history: what a deployed model keeps."""
+        return self
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move with the model, but keep scales and statistics in their own precision: they are never rounded."""
+        kept = [(store, key, value) for store in (self._buffers, self._parameters)
+                for key, value in store.items() if value is not None and value.is_floating_point()]
+        kept = [(store, key, value.detach().clone()) for store, key, value in kept]
+        super()._apply(fn, recurse)
+        for store, key, value in kept:
+            if store[key].dtype != value.dtype:
+                store[key].data = value.to(store[key].device)
+        return self
+
+    def extra_repr(self) -> str:
+        absorbed = "" if self.floor is None and self.ceiling is None else f", absorbs clamp({self.floor}, {self.ceiling})"
+        return f"{self.spec}{absorbed}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        """A state dict without any of this quantizer's tensors is a float checkpoint: nothing is missing then."""
+        own = set(self._parameters) | set(self._buffers)
+        if not own or any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self.loaded()
+        else:
+            self.restart()
+
+    def loaded(self) -> None:
+        """Called after a state dict was loaded."""
+
+    def restart(self) -> None:
+        """Called when a float checkpoint was loaded: what was derived from the old weights is void."""
+
+
+class DynamicQuantizer(Quantizer):
+    """The range of each tensor is taken from the tensor itself: dynamic activations, and weights by ``minmax``.
+
+    It has no state, so a weight's scale follows the weight, and the first forward after ``load_state_dict`` is right.
+    """
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        seen = self.clamp(x.detach())
+        scale, zero_point = dynamic_qparams(seen, self.spec)
+        return ste.quantize(x, scale, zero_point, self.grid(clipped=not self.is_weight and not self._covers()))
+
+    def _covers(self) -> bool:
+        """Whether the range always holds the tensor, so that nothing is clipped."""
+        return self.spec.fmt.grid != "sign" and self.floor is None and self.ceiling is None
+
+
+def dynamic_qparams(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for exactly this tensor."""
+    if spec.fmt.grid == "sign" or spec.fmt.name == "ternary":
+        return affine.round_scale(affine.mean_magnitude(x, spec), spec), None
+    return affine.choose_qparams(*affine.reduce_range(x, spec), spec)
+
+
+class StaticQuantizer(Quantizer):
+    """The range comes from an observer, and stands still unless ``observing``.
+
+    Buffers:
+        scale: float32, () or the shape of the weight's scale; NaN until calibrated.
+        zero_point: int32 likewise; only for affine specs.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        self.observer = make_observer(spec, shape)
+        size = self.observer.low.shape
+        self.register_buffer("scale", torch.full(size, torch.nan))
+        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
+        self._fixed_zero_point: int | None = None
+        self._calibrated = False
+        self.frozen = False
+
+    @property
+    def calibrated(self) -> bool:
+        return self._calibrated
+
+    def observe(self, x: Tensor) -> None:
+        """Take ``x`` into account and derive scale and zero point anew.
+
+        Raises:
+            CalibrationError: NaN or infinity in ``x``; the message names the layer.
+        """
+        if self.frozen or x.numel() == 0:
+            return
+        try:
+            self.observer.observe(self.clamp(x.detach()))
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.name or 'quantizer'}: {error} in the data observed; remove it, or pass "
+                                   "ignore_nonfinite=True to calibrate") from None
+        self._calibrated = False
+
+    def settle(self) -> None:
+        """Derive scale and zero point from what the observer has seen."""
+        if self.frozen or self.observer.empty:
+            return
+        scale, zero_point = self.observer.qparams()
+        self.scale.copy_(scale)
+        if self.zero_point is not None and zero_point is not None:
+            self.zero_point.copy_(zero_point)
+        self.loaded()
+
+    def loaded(self) -> None:
+        self._calibrated = not bool(torch.isnan(self.scale).any())
+        if self.zero_point is not None and self.zero_point.dim() == 0:
+            self._fixed_zero_point = int(self.zero_point)
+
+    def restart(self) -> None:
+        if self.is_weight:
+            self.observer.reset()
+            self.scale.fill_(torch.nan)
+            self._calibrated = False
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The codes of ``x``.
+
+        Raises:
+            NotCalibratedError: there is no range yet.
+        """
+        if self.observing:
+            self.observe(x)
+        if not self._calibrated:
+            if self.is_weight and self.observer.empty:
+                self.observe(x)
+            self.settle()
+        if not self._calibrated:
+            raise NotCalibratedError(f"{self.name or 'quantizer'} has no range yet: run qat.calibrate(model, batches) "
+                                     "first, or use dynamic: true")
+        return ste.quantize(x, self.scale, self.fixed_zero_point(), self.grid())
+
+    def freeze(self) -> Quantizer:
+        """A quantizer with this scale and zero point and nothing else.
+
+        Raises:
+            NotCalibratedError: there is no range yet.
+        """
+        if not self._calibrated:
+            self.settle()
+        if not self._calibrated:
+            raise NotCalibratedError(f"{self.name or 'quantizer'} has no range to freeze: run qat.calibrate(model, "
+                                     "batches) first")
+        scale, zero_point = self.present()
+        return FrozenQuantizer.holding(self, scale.detach(), zero_point)
+
+    def present(self) -> tuple[Tensor, Tensor | int | None]:
+        """Scale and zero point as they are now."""
+        return self.scale, self.fixed_zero_point()
+
+    def fixed_zero_point(self) -> Tensor | int | None:
+        """None where it is zero by nature, an int where there is one, else the buffer."""
+        return self.zero_point if self._fixed_zero_point is None else self._fixed_zero_point
+
+
+class FrozenQuantizer(Quantizer):
+    """A scale and a zero point that will not change: what is left of any calibrated quantizer after ``convert``."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
+        self._zero_point: int | None = None if self.zero_point is None else 0
+
+    @classmethod
+    def holding(cls, source: Quantizer, scale: Tensor, zero_point: Tensor | int | None) -> FrozenQuantizer:
+        """The frozen form of ``source``."""
+        frozen = cls(source.spec, source.shape)
+        frozen.name, frozen.floor, frozen.ceiling = source.name, source.floor, source.ceiling
+        frozen.training = source.training
+        frozen.scale = scale.clone()
+        if frozen.zero_point is not None:
+            frozen.zero_point = torch.as_tensor(zero_point or 0, dtype=torch.int32, device=scale.device)
+        frozen.loaded()
+        return frozen
+
+    def loaded(self) -> None:
+        self._zero_point = None if self.zero_point is None else int(self.zero_point)
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        return ste.quantize(x, self.scale, self._zero_point, self.grid())
+
+
+class LearnedQuantizer(StaticQuantizer):
+    """The scale is trained by gradient (LSQ; LSQ+ with the offset; PACT the upper clip), from the observer's start.
+
+    Parameters:
+        log_scale: natural logarithm of the scale, so that the scale is positive by construction.
+        offset: the real value of the lowest code (``lsq_plus`` only).
+
+    LSQ's gradient scale ``1 / sqrt(values for each scale * greatest code)`` is applied (Esser et al. 2020).
+    """
+
+    log_scale: nn.Parameter
+    offset: nn.Parameter | None
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        if spec.scale_dtype != "float32" or spec.power_of_two:
+            raise SpecError("a learned scale is free: leave out scale_dtype and power_of_two")
+        size = self.scale.shape
+        self.log_scale = nn.Parameter(torch.full(size, torch.nan))
+        self.offset = nn.Parameter(torch.zeros(size)) if spec.learned == "lsq_plus" else None
+
+    def settle(self) -> None:
+        super().settle()
+        if self._calibrated:
+            with torch.no_grad():
+                self.log_scale.copy_(self.scale.log())
+                if self.offset is not None:
+                    assert self.zero_point is not None
+                    self.offset.copy_((self.spec.fmt.lo - self.zero_point) * self.scale)
+
+    def loaded(self) -> None:
+        super().loaded()
+        self._fixed_zero_point = None
+
+    def restart(self) -> None:
+        super().restart()
+        if self.is_weight:
+            with torch.no_grad():
+                self.log_scale.fill_(torch.nan)
+
+    def present(self) -> tuple[Tensor, Tensor | int | None]:
+        """Scale (differentiable) and zero point as they are now.
+
+        Raises:
+            NotCalibratedError: the scale has become NaN or infinite in training.
+        """
+        scale = self.log_scale.float().exp()
+        if self.offset is not None:
+            fmt = self.spec.fmt
+            zero_point = (fmt.lo - self.offset.detach() / scale.detach()).round().clamp(fmt.lo, fmt.hi)
+            return scale, int(zero_point) if zero_point.dim() == 0 else zero_point.to(torch.int32)
+        return scale, 0 if self.zero_point is not None else None
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        if self.observing and not self._calibrated:
+            self.observe(x)
+        if not self._calibrated:
+            if self.is_weight and self.observer.empty:
+                self.observe(x)
+            self.settle()
+        if not self._calibrated:
+            raise NotCalibratedError(f"{self.name or 'quantizer'} has no range to start from: run qat.calibrate(model, "
+                                     "batches) first")
+        scale, zero_point = self.present()
+        if self.spec.granularity == "per_tensor" and not bool(torch.isfinite(scale)):
+            raise CalibrationError(f"{self.name}: the learned scale is {float(scale)}; lower its learning rate")
+        per_scale = x.numel() / max(1, scale.numel())
+        if not self.is_weight and x.dim() > 0:
+            per_scale /= max(1, x.shape[0])
+        top = max(abs(self.spec.fmt.lo), self.spec.fmt.hi)
+        grid = self.grid(learned=self.spec.learned, scale_gradient=1.0 / math.sqrt(max(1.0, per_scale) * top))
+        return ste.quantize(x, scale, zero_point, grid, self.offset)
+
+
+def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None) -> Quantizer:
+    """The quantizer a spec asks for.
+
+    Args:
+        spec: as written in a recipe; defaults are filled in here.
+        shape: shape of the weight (output channels first); None for an activation.
+
+    Weights with ``observer: minmax`` follow their weight at every step; other observers are searched when observing.
+    """
+    spec = spec.for_weight() if shape is not None else spec.for_activation()
+    if spec.learned:
+        return LearnedQuantizer(spec, shape)
+    if spec.dynamic or (shape is not None and spec.observer in ("minmax", "moving_average")):
+        return DynamicQuantizer(spec, shape)
+    return StaticQuantizer(spec, shape)
+
+
+class FakeQuantize(nn.Module):
+    """The fake-quantize observer module every user of this field knows, for anybody's code.
+
+    Args:
+        spec: a spec, a dict or a format name: ``FakeQuantize("int8")``.
+        observing: whether it follows the data from the start; set the attribute to stop.
+
+    Called on a tensor it returns the quantized-dequantized tensor of the same shape and dtype, with the
+    straight-through gradient.
+
+    >>> fake = FakeQuantize({"format": "int8", "symmetric": True})
+    >>> fake(torch.tensor([-1.0, 0.0, 0.999]))
+    tensor([-1.0039,  0.0000,  0.9961])
+    """
+
+    def __init__(self, spec: TensorSpec | dict[str, Any] | str, observing: bool = True) -> None:
+        super().__init__()
+        self.quantizer = make_quantizer(spec if isinstance(spec, TensorSpec) else TensorSpec.from_dict(spec))
+        self.observing = observing
+
+    @property
+    def observing(self) -> bool:
+        return self.quantizer.observing
+
+    @observing.setter
+    def observing(self, on: bool) -> None:
+        self.quantizer.observing = on
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer codes of ``x``."""
+        return self.quantizer.codes(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer(x)

@@ -1,0 +1,272 @@
+"""Recipes: which module is quantized how. Rules, presets, YAML and dicts.
+
+A recipe is an ordered list of rules; the first rule that matches a module wins. Unknown keys are refused with the
+nearest known one, and a rule that matches nothing is an error when the model is prepared.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.errors import RecipeError, SpecError, nearest
+from qat.numerics.formats import TensorSpec
+
+BACKWARD_DTYPES = ("auto", "float32", "bfloat16")
+EDGES = ("int8", "same")
+KEEP = ("float32", "float16", "bfloat16")
+CALIBRATIONS: tuple[str, ...] = ()
+"""Names of calibration algorithms beyond ranges."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the modules that match.
+
+    Attributes:
+        name: glob on the dotted name (``head*``, ``*.attn.*``); None matches all.
+        type: class name of the module (``Linear``) or of one of its bases; None matches all quantizable types.
+        weight, input, output: specs; None leaves that tensor in floating point.
+        keep: stay floating point in this type (``float32``, ``float16``, ``bfloat16``).
+        optional: matching nothing is not an error (for rules of presets, which serve any model).
+    """
+
+    name: str | None = None
+    type: str | None = None
+    weight: TensorSpec | None = None
+    input: TensorSpec | None = None
+    output: TensorSpec | None = None
+    keep: str | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep not in KEEP:
+            raise RecipeError(f"keep: {self.keep!r} is not a floating point type{nearest(str(self.keep), KEEP)}; "
+                              f"types are {', '.join(KEEP)}")
+        if self.keep is not None and (self.weight or self.input or self.output):
+            raise RecipeError(f"{self}: keep: means floating point, so weight, input and output have no place beside it")
+        if self.keep is None and not (self.weight or self.input or self.output):
+            raise RecipeError(f"{self}: a rule needs a weight, input or output spec, or keep: float32")
+        try:
+            if self.weight is not None:
+                self.weight.for_weight()
+            if self.input is not None:
+                self.input.for_activation()
+            if self.output is not None:
+                self.output.for_activation()
+        except SpecError as error:
+            raise RecipeError(f"{self}: {error}") from None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the rule was written for particular modules, by name."""
+        return self.name not in (None, "*")
+
+    def matches(self, name: str, kinds: tuple[str, ...]) -> bool:
+        """Whether a module called ``name``, whose class and base classes are ``kinds``, falls under this rule."""
+        return (self.name is None or fnmatch.fnmatchcase(name, self.name)) and (self.type is None or self.type in kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        match = {k: v for k, v in (("name", self.name), ("type", self.type)) if v is not None}
+        result: dict[str, Any] = {"match": match} if match else {}
+        for key in ("weight", "input", "output"):
+            spec = getattr(self, key)
+            if spec is not None:
+                result[key] = spec.to_dict()
+        if self.keep is not None:
+            result["keep"] = self.keep
+        if self.optional:
+            result["optional"] = True
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rule:
+        """A rule from a dict; :class:`RecipeError` for unknown keys."""
+        _check_keys("a rule", data, ("match", "weight", "input", "output", "keep", "optional"))
+        match = data.get("match") or {}
+        _check_keys("match", match, ("name", "type"))
+        values: dict[str, Any] = {k: None if v is None else str(v) for k, v in match.items()}
+        for key in ("weight", "input", "output"):
+            if data.get(key) is not None:
+                try:
+                    values[key] = TensorSpec.from_dict(data[key])
+                except SpecError as error:
+                    raise RecipeError(f"{key} of rule {dict(match) or '*'}: {error}") from None
+        keep = data.get("keep")
+        values["keep"] = "float32" if keep is True else keep
+        values["optional"] = bool(data.get("optional", False))
+        return cls(**values)
+
+    def __str__(self) -> str:
+        match = ", ".join(f"{k}: {v}" for k, v in (("name", self.name), ("type", self.type)) if v is not None)
+        return f"rule {{{match or 'everything'}}}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        rules: ordered; the first that matches a module wins; modules that none matches stay as they are.
+        backward_dtype: ``auto`` (follows the trainer's precision), ``float32`` or ``bfloat16``.
+        edges: ``int8``: the first and the last matmul-like layer run at W8A8 whatever their (unnamed) rule says;
+            ``same``: no exception.
+        calibration: algorithms that ``calibrate`` runs after the ranges.
+        name: the preset's name, for reports.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    backward_dtype: str = "auto"
+    edges: str = "same"
+    calibration: tuple[str, ...] = ()
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "calibration", tuple(self.calibration))
+        for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES), ("edges", self.edges, EDGES)):
+            if value not in known:
+                raise RecipeError(f"{key}: {value!r} is unknown{nearest(str(value), known)}; "
+                                  f"choices are {', '.join(known)}")
+        for algorithm in self.calibration:
+            if algorithm not in CALIBRATIONS:
+                raise RecipeError(f"calibration: {algorithm!r} is unknown{nearest(str(algorithm), CALIBRATIONS)}; "
+                                  f"known are {', '.join(CALIBRATIONS) or 'none'}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict; ``from_dict`` inverts it."""
+        result: dict[str, Any] = {"backward_dtype": self.backward_dtype, "edges": self.edges}
+        if self.name:
+            result = {"name": self.name, **result}
+        result["rules"] = [rule.to_dict() for rule in self.rules]
+        if self.calibration:
+            result["calibration"] = list(self.calibration)
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from a dict with ``rules``, or with ``preset`` and overrides.
+
+        Raises:
+            RecipeError: an unknown key, preset or spec; the nearest is named.
+        """
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"a recipe is a mapping with rules: or preset:, not {type(data).__name__}")
+        if "preset" in data:
+            overrides = {k: v for k, v in data.items() if k != "preset"}
+            return cls.preset(str(data["preset"]), **overrides)
+        _check_keys("a recipe", data, ("name", "backward_dtype", "edges", "rules", "calibration"))
+        rules = data.get("rules") or ()
+        if not isinstance(rules, list | tuple):
+            raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
+        values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges") if data.get(k) is not None}
+        return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
+                   calibration=tuple(data.get("calibration") or ()), **values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """A recipe from a YAML file; :class:`RecipeError` names the file."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not YAML: {error}") from None
+        try:
+            return cls.from_dict(data)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Recipe:
+        """The preset called ``name``.
+
+        Args:
+            overrides: ``backward_dtype``, ``edges``, ``calibration``; ``weight`` and ``input``: dicts that change
+                single keys of the specs of the preset's general rule; ``rules``: rules put in front of the preset's.
+        """
+        if name not in PRESETS:
+            raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")
+        _check_keys(f"overrides of preset {name}", overrides,
+                    ("name", "backward_dtype", "edges", "calibration", "weight", "input", "rules"))
+        data = {"name": name, **PRESETS[name]}
+        rules = [dict(rule) for rule in data["rules"]]
+        for key in ("weight", "input"):
+            if overrides.get(key) is not None:
+                if not any(rule.get(key) for rule in rules):
+                    raise RecipeError(f"preset {name} has no {key} spec to override")
+                for rule in rules:
+                    if rule.get(key) and not rule.get("optional"):
+                        rule[key] = {**rule[key], **overrides[key]}
+        data["rules"] = [*(overrides.get("rules") or []), *rules]
+        data |= {k: v for k, v in overrides.items() if k in ("name", "backward_dtype", "edges", "calibration")
+                 and v is not None}
+        return cls.from_dict(data)
+
+
+def _check_keys(where: str, data: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} is a mapping with keys {', '.join(known)}, not {data!r}")
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"unknown key {key!r} in {where}{nearest(str(key), known)}; keys are {', '.join(known)}")
+
+
+def _preset(weight: dict[str, Any] | None = None, activation: dict[str, Any] | None = None,
+            front: list[dict[str, Any]] | None = None, edges: str = "same", keep: str | None = None) -> dict[str, Any]:
+    rule: dict[str, Any] = {"keep": keep} if keep else {"weight": weight}
+    if activation:
+        rule["input"] = activation
+    return {"edges": edges, "rules": [*(front or []), rule]}
+
+
+_INT8 = {"format": "int8"}
+_ROWS8 = [{"match": {"type": "Embedding"}, "weight": {"format": "int8"}, "optional": True}]
+_LSQ_INPUT = {"learned": "lsq", "observer": "mse"}
+
+
+def _learned(fmt: str) -> dict[str, Any]:
+    return {"format": fmt, "learned": "lsq", "observer": "mse"}
+
+
+def _groups(fmt: str) -> dict[str, Any]:
+    return {"format": fmt, "granularity": "per_group", "group_size": 128, "group_fallback": "divisor"}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "w8a8": _preset(_INT8, _INT8),
+    "w8a8_dynamic": _preset(_INT8, {"format": "int8", "dynamic": True, "granularity": "per_token"}),
+    "w8a16": _preset(_INT8),
+    "w4a16": _preset(_groups("int4"), edges="int8", front=_ROWS8),
+    "w4a8": _preset(_learned("int4"), _INT8, edges="int8", front=_ROWS8),
+    "w4a4": _preset(_learned("int4"), {"format": "int4", **_LSQ_INPUT}, edges="int8", front=_ROWS8),
+    "w3a8": _preset(_learned("int3"), _INT8, edges="int8", front=_ROWS8),
+    "w2a8": _preset(_learned("int2_midrise"), _INT8, edges="int8", front=_ROWS8),
+    "w2a2": _preset(_learned("int2_midrise"), {"format": "int2", **_LSQ_INPUT}, edges="int8", front=_ROWS8),
+    "w158a8": _preset({"format": "ternary"}, _INT8, edges="int8", front=_ROWS8),
+    "w1a8": _preset({"format": "binary"}, _INT8, edges="int8", front=_ROWS8),
+    "w1a1": _preset({"format": "binary"}, {"format": "binary"}, edges="int8", front=_ROWS8),
+    "w3a16": _preset(_groups("int3"), edges="int8", front=_ROWS8),
+    "w2a16": _preset(_groups("int2_midrise"), edges="int8", front=_ROWS8),
+    "w1a16": _preset(_groups("binary"), edges="int8", front=_ROWS8),
+    "fp16": _preset(keep="float16"),
+    "bf16": _preset(keep="bfloat16"),
+    "mixed_w8a8_w4a8": _preset(
+        _INT8, _INT8, front=[*_ROWS8, {"match": {"type": "Linear"}, "weight": _learned("int4"), "input": _INT8,
+                                       "optional": True}], edges="int8"),
+    "mixed_w8a8_bf16": _preset(
+        _INT8, _INT8, front=[{"match": {"name": "*norm*"}, "keep": "bfloat16", "optional": True}]),
+}
+"""Presets by name, as dicts. Below 8 bits they come with ``edges: int8``."""
+
+

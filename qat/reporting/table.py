@@ -1,0 +1,167 @@
+"""The results table: float, control, PTQ, QAT and deployed, side by side."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from qat.errors import CheckpointError
+
+TITLES = {
+    "float": "float",
+    "control": "control",
+    "ptq": "PTQ",
+    "qat": "QAT",
+    "deployed": "deployed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model of the run, measured on the whole test set.
+
+    Attributes:
+        model: a key of ``TITLES``.
+        score: the first metric of the run (accuracy in 0..1 by default).
+        agreement_float: share of the predictions that equal the float model's; None where that was not measured.
+        agreement_prepared: the same against the prepared model after training.
+        bytes: size of the weights file.
+        latency_ms: median time for one batch, in milliseconds.
+    """
+
+    model: str
+    score: float
+    agreement_float: float | None
+    agreement_prepared: float | None
+    bytes: int
+    latency_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The rows, and how the deployed logits compare with the prepared ones on the whole test set.
+
+    Attributes:
+        metric: name of ``Row.score``.
+        bit_equal: whether all deployed logits equal the prepared ones bit for bit; None: there was nothing to compare.
+        greatest_difference: the largest absolute difference of a logit.
+        examples: test examples.
+        batch_size: examples in the batch that ``latency_ms`` was measured with.
+    """
+
+    metric: str
+    rows: Sequence[Row]
+    bit_equal: bool | None
+    greatest_difference: float | None
+    examples: int
+    batch_size: int
+
+    def parity(self) -> str:
+        """The sentence under the table."""
+        if self.bit_equal is None:
+            return ""
+        if self.bit_equal:
+            return f"The deployed logits equal the prepared ones bit for bit on all {self.examples} test examples."
+        return (
+            f"The deployed logits DIFFER from the prepared ones, by up to {self.greatest_difference:.3g} "
+            f"on {self.examples} test examples."
+        )
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and rows as text, for the terminal and the HTML report."""
+        whole = next((row.bytes for row in self.rows if row.model == "float"), None)
+        headers = ["model", self.metric, "as float", "as QAT", "bytes", "of float", "latency"]
+        return headers, [
+            [
+                TITLES[row.model],
+                f"{row.score:.2%}" if 0 <= row.score <= 1 else f"{row.score:.4g}",
+                "" if row.agreement_float is None else f"{row.agreement_float:.2%}",
+                "" if row.agreement_prepared is None else f"{row.agreement_prepared:.2%}",
+                f"{row.bytes:,}",
+                "" if whole is None else f"{row.bytes / whole:.2f}x",
+                f"{row.latency_ms:.2f} ms",
+            ]
+            for row in self.rows
+        ]
+
+    def render(self) -> Table:
+        """For ``rich.print``."""
+        headers, rows = self.cells()
+        caption = Text(
+            "control: float, with the same extra training. QAT: prepared. deployed: integers.\n"
+            "as float, as QAT: share of equal predictions. bytes: the weights file.\n"
+            f"latency: median of one batch of {self.batch_size}, models alternating.\n"
+        )
+        caption.append(self.parity(), style={True: "bold green", False: "bold red", None: ""}[self.bit_equal])
+        table = Table(title=f"{self.examples} test examples", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+        for i, header in enumerate(headers):
+            table.add_column(header, justify="right" if i else "left", no_wrap=True)
+        for row, cells in zip(self.rows, rows):
+            table.add_row(*cells, style="bold" if row.model == "deployed" else "")
+        return table
+
+    def csv(self) -> str:
+        """Full precision: `read_csv` gives back equal results."""
+        fields = [field.name for field in dataclasses.fields(Row)]
+        about = {k: v for k, v in dataclasses.asdict(self).items() if k != "rows"}
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow([*fields, *about])
+        for row in self.rows:
+            writer.writerow([*dataclasses.astuple(row), *about.values()])
+        return out.getvalue()
+
+
+def read_csv(path: Path) -> Results:
+    """What ``Results.csv`` wrote.
+
+    Raises:
+        CheckpointError: no such file, or not a results file.
+    """
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        rows = [
+            Row(
+                line["model"], float(line["score"]), number(line["agreement_float"]),
+                number(line["agreement_prepared"]), int(line["bytes"]), float(line["latency_ms"]),
+            )
+            for line in lines
+        ]  # fmt: skip
+        last = lines[-1]
+        return Results(
+            last["metric"], rows, {"True": True, "False": False, "": None}[last["bit_equal"]],
+            number(last["greatest_difference"]), int(last["examples"]), int(last["batch_size"]),
+        )  # fmt: skip
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a results table: {error}") from error
+
+
+def compare(measured: Results, stored: Results) -> list[str]:
+    """Every figure that was measured now and differs from the stored table, as a sentence; latency is not compared."""
+    before = {row.model: row for row in stored.rows}
+    differences = []
+    for row in measured.rows:
+        old = before.get(row.model)
+        if old is None:
+            differences.append(f"{TITLES[row.model]} is not in the stored table.")
+            continue
+        for field in ("score", "agreement_float", "agreement_prepared", "bytes"):
+            now, then = getattr(row, field), getattr(old, field)
+            if now is not None and now != then:
+                name = measured.metric if field == "score" else field
+                differences.append(f"{TITLES[row.model]}: {name} is {now}, the stored table says {then}.")
+    if measured.bit_equal is not None and measured.bit_equal != stored.bit_equal:
+        differences.append(f"bit_equal is {measured.bit_equal}, the stored table says {stored.bit_equal}.")
+    return differences

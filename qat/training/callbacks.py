@@ -1,0 +1,118 @@
+"""The schedule of a quantized training run. Callbacks change states; they never swap modules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, cast
+
+import lightning.pytorch as L
+from torch import nn
+
+import qat
+from qat.errors import ConfigError
+from qat.training.module import QuantizedTraining
+
+
+class QuantizationSchedule(L.Callback):
+    """Calibrate, observe and train, freeze the ranges, freeze batch norm; re-estimate batch norm after the last step.
+
+    What holds at a step is a function of the step alone (and of whether calibration has happened, which is saved), so
+    a resumed run continues in the same state. Validation and testing never move a range: observing is off meanwhile.
+
+    Args:
+        calibration_batches: batches of training data that set the static ranges before the first step; 0: the network
+            arrives calibrated.
+        observe: let the observers of static ranges follow the activations until the ranges are frozen.
+        freeze_ranges_at: fraction of the run's optimizer steps; 1 or more: never.
+        freeze_batch_norm_at: the same for batch-norm statistics.
+        reestimate_batches: batches for new batch-norm statistics at the end of ``fit``; 0: none. Helps at 4 bits and
+            below, where weights that oscillate between two codes corrupt the moving averages (Nagel et al., 2022).
+    """
+
+    def __init__(
+        self,
+        calibration_batches: int = 8,
+        observe: bool = True,
+        freeze_ranges_at: float = 1 / 3,
+        freeze_batch_norm_at: float = 0.8,
+        reestimate_batches: int = 0,
+    ) -> None:
+        for name, value in (("freeze_ranges_at", freeze_ranges_at), ("freeze_batch_norm_at", freeze_batch_norm_at)):
+            if value < 0:
+                raise ConfigError(f"schedule.{name} is a fraction of the run, not {value}.")
+        self.calibration_batches, self.reestimate_batches = calibration_batches, reestimate_batches
+        self.observe = observe
+        self.freeze_ranges_at, self.freeze_batch_norm_at = freeze_ranges_at, freeze_batch_norm_at
+        self.calibrated = False
+        self.total_steps = 0
+        self._observing = self._ranges_frozen = self._batch_norm_frozen = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calibrated": self.calibrated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.calibrated = state_dict["calibrated"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = _network(pl_module)
+        self.total_steps = int(trainer.estimated_stepping_batches)
+        self._observing = self._ranges_frozen = self._batch_norm_frozen = False
+        if not self.calibrated and self.calibration_batches:
+            qat.calibrate(network, _inputs(trainer, pl_module, self.calibration_batches))
+        self.calibrated = True
+        self._enter(network, trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._enter(_network(pl_module), trainer.global_step)
+
+    def _enter(self, network: nn.Module, step: int) -> None:
+        """Bring the network into the state of this step."""
+        progress = step / self.total_steps
+        if progress >= self.freeze_ranges_at and not self._ranges_frozen:
+            qat.set_observing(network, False)
+            qat.freeze_ranges(network)
+            self._observing, self._ranges_frozen = False, True
+        if not self._ranges_frozen and self.observe and not self._observing:
+            qat.set_observing(network, True)
+            self._observing = True
+        if progress >= self.freeze_batch_norm_at and not self._batch_norm_frozen:
+            qat.freeze_batch_norm(network)
+            self._batch_norm_frozen = True
+
+    def _pause(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._observing:
+            qat.set_observing(_network(pl_module), False)
+            self._observing = False  # the next training batch turns it on again
+
+    on_validation_start = _pause
+    on_test_start = _pause
+    on_train_end = _pause
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # After fit and not after training: a run resumed from its very last checkpoint has no step left to do.
+        if self.reestimate_batches:
+            network = _network(pl_module)
+            qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches))
+
+
+def _network(pl_module: L.LightningModule) -> nn.Module:
+    network = cast(QuantizedTraining, pl_module).network
+    if network is None or not qat.is_prepared(network):
+        raise ConfigError("QuantizationSchedule needs a prepared network: give QuantizedTraining a recipe.")
+    return network
+
+
+def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterable[Any]:
+    """The inputs of ``count`` training batches; the training loader keeps its position."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    loader = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else trainer.train_dataloader
+    assert loader is not None  # Lightning makes it before the first hook of the fit loop
+    position = loader.state_dict() if hasattr(loader, "state_dict") else None
+    split = cast(QuantizedTraining, pl_module).split
+    for batch in itertools.islice(loader, count):
+        yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
+    if position is not None:
+        loader.load_state_dict(position)

@@ -1,0 +1,194 @@
+"""One LightningModule for quantized training of any network and any loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MetricCollection
+
+from qat.errors import ConfigError
+from qat.training.build import build, plain
+from qat.training.data import stream_seed
+
+CROSS_ENTROPY = {"_target_": "torch.nn.CrossEntropyLoss"}
+ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
+
+
+class WarmupCosine(LRScheduler):
+    """Linear warm-up over ``warmup`` of the run, then a cosine from each group's own rate to ``floor`` times it.
+
+    (torch's OneCycleLR overwrites the rates of the parameter groups; this keeps their ratios.)
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, total_steps: int, warmup: float = 0.05, floor: float = 0.0
+    ) -> None:
+        self.total_steps, self.warmup, self.floor = max(total_steps, 1), warmup, floor
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        rise = self.warmup * self.total_steps
+        if self.last_epoch < rise:
+            factor = (self.last_epoch + 1) / (rise + 1)
+        else:
+            progress = min((self.last_epoch - rise) / max(self.total_steps - rise, 1), 1.0)
+            factor = self.floor + (1 - self.floor) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
+        return [base * factor for base in self.base_lrs]
+
+
+class QuantizedTraining(L.LightningModule):
+    """Trains ``network`` in floating point (``recipe=None``) or quantized.
+
+    The modules are swapped in `configure_model`, from the recipe that is stored with the hyperparameters. So Lightning
+    rebuilds the prepared network before it loads weights, in ``fit``, in ``test(ckpt_path=...)`` and in
+    ``load_from_checkpoint`` alike, and every checkpoint loads with ``weights_only=True``.
+
+    Args:
+        network: a config with a ``_target_`` (stored in the checkpoint), or an ``nn.Module`` (not stored: pass it again
+            to ``load_from_checkpoint(path, network=...)``). It is copied, not changed, when a recipe is given.
+        recipe: ``Recipe.to_dict()``, or None for floating point.
+        loss: config of a module that maps (output, target) to a scalar.
+        optimizer: config of a torch optimizer without ``params``.
+        scheduler: config of a scheduler without ``optimizer``, stepped after each step; the value ``"total_steps"``
+            stands for the number of optimizer steps of the run.
+        metrics: configs of torchmetrics by name, each updated with (output, target).
+        scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
+        target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
+        seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
+
+    Batches: (inputs, target), inputs being a tensor, a tuple of arguments or a dict of keyword arguments; or one dict.
+    """
+
+    def __init__(
+        self,
+        network: Mapping[str, Any] | nn.Module,
+        recipe: Mapping[str, Any] | None = None,
+        loss: Mapping[str, Any] = CROSS_ENTROPY,
+        optimizer: Mapping[str, Any] = ADAMW,
+        scheduler: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        scale_lr_factor: float = 0.1,
+        target_key: str = "labels",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {
+            "recipe": recipe, "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
+            "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed,
+        }  # fmt: skip
+        if not isinstance(network, nn.Module):
+            options["network"] = network
+        self.save_hyperparameters({key: plain(value, key) for key, value in options.items()}, logger=False)
+        self.network: nn.Module | None = network if isinstance(network, nn.Module) else None
+        self.loss: nn.Module = build(self.hparams["loss"], "loss")
+        collection = MetricCollection(
+            {name: build(config, f"metrics.{name}") for name, config in self.hparams["metrics"].items()}
+        )
+        self.val_metrics, self.test_metrics = collection.clone(prefix="val_"), collection.clone(prefix="test_")
+        self._configured = False
+
+    def configure_model(self) -> None:
+        """Build the network and swap its modules; does nothing the second time (fit and test both call it)."""
+        if self._configured:
+            return
+        network = self.network if self.network is not None else build(self.hparams["network"], "network")
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"network builds a {type(network).__name__}, not an nn.Module.")
+        if self.hparams["recipe"] is not None:
+            import qat
+
+            network = qat.prepare(network, qat.Recipe.from_dict(self.hparams["recipe"]))
+        self.network = network
+        self._configured = True
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """A batch as (inputs, target)."""
+        if isinstance(batch, Mapping):
+            key = self.hparams["target_key"]
+            if key not in batch:
+                raise ConfigError(f"The batch has no {key!r}; it has {', '.join(map(str, batch))}. Set target_key.")
+            return {name: value for name, value in batch.items() if name != key}, batch[key]
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ConfigError("A batch must be (inputs, target) or a dict that holds the target.")
+        return batch[0], batch[1]
+
+    def forward(self, inputs: Any) -> Any:
+        """The network's output; ``.logits`` of it where it has some (models of the transformers library)."""
+        return call_network(cast(nn.Module, self.network), inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, target = self.split(batch)
+        loss: Tensor = self.loss(self(inputs), target)
+        self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
+        return loss
+
+    def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
+        inputs, target = self.split(batch)
+        output = self(inputs)
+        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target))
+        metrics.update(output, target)
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(target))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(stream_seed(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build(
+            self.hparams["optimizer"], "optimizer", params=parameter_groups(cast(nn.Module, self.network))
+        )
+        for group in optimizer.param_groups:
+            if group["role"] == "scales":
+                group["lr"] *= self.hparams["scale_lr_factor"]
+        if self.hparams["scheduler"] is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        # The question makes Lightning 2.6 set up the training loader before it restores the loader's position, which
+        # would be lost. Without a loader it sets one up again, at the right time.
+        self.trainer.fit_loop._combined_loader = None
+        config = {k: steps if v == "total_steps" else v for k, v in self.hparams["scheduler"].items()}
+        scheduler = build(config, "scheduler", optimizer=optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def call_network(network: nn.Module, inputs: Any) -> Any:
+    """``network(inputs)``: a tuple holds arguments, a dict keyword arguments. Returns the output's logits, if any."""
+    if isinstance(inputs, Mapping):
+        output = network(**inputs)
+    else:
+        output = network(*inputs) if isinstance(inputs, tuple | list) else network(inputs)
+    return getattr(output, "logits", output)
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters in up to three groups, named by ``role``.
+
+    "weights" have the optimizer's weight decay; "offsets" (biases and the parameters of norms: everything with less
+    than two dimensions) and "scales" (learned quantizer scales) have none.
+    """
+    of_quantizers = {
+        id(p) for m in network.modules() if getattr(m, "is_quantizer", False) for p in m.parameters()
+    }  # fmt: skip
+    roles: dict[str, list[nn.Parameter]] = {"weights": [], "offsets": [], "scales": []}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in of_quantizers or ".log_scale" in f".{name}":
+            roles["scales"].append(parameter)
+        else:
+            roles["weights" if parameter.ndim > 1 else "offsets"].append(parameter)
+    return [
+        {"params": parameters, "role": role} | ({} if role == "weights" else {"weight_decay": 0.0})
+        for role, parameters in roles.items()
+        if parameters
+    ]

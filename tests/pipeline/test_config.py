@@ -1,0 +1,104 @@
+"""Every YAML composes and builds; wrong keys are refused with the nearest right one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+import qat
+from qat.errors import ConfigError, QuantizationError
+from qat.pipeline import Run, run_config
+from qat.pipeline.config import OF_THE_CALL, STORED, read_recipe
+from qat.training.build import build
+from qat.training.module import QuantizedTraining
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = sorted(p.parent.name + "=" + p.stem for p in CONF.glob("*/*.yaml"))
+
+
+def composed(*overrides, name="config"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_choice_composes_and_builds(choice):
+    extra = ["data.dataset=nowhere", "data.num_classes=7"] if choice == "data=images" else []
+    extra += ["data=cifar10"] if choice == "model=cnn" else []
+    config = run_config(composed(choice, *extra))
+    run = Run(config, Path("unused"))
+    assert run.extra_epochs >= 1
+    assert isinstance(build(config["model"], "model"), nn.Module)
+    module = QuantizedTraining(
+        config["model"], recipe=config["recipe"], loss=config["loss"], optimizer=config["optimizer"],
+        scheduler=config["scheduler"], metrics=config["metrics"],
+    )  # fmt: skip
+    module.configure_model()
+    assert qat.is_prepared(module.network)
+
+
+def test_every_preset_has_a_recipe_config():
+    presets = set()
+    for path in (CONF / "recipe").glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        presets.add(content.get("recipe", content)["preset"])
+    assert presets == set(qat.recipe.PRESETS)
+
+
+def test_the_keys_of_the_files_are_the_known_keys():
+    assert set(composed()) == set(STORED + OF_THE_CALL) - {"run", "deployed"}
+    assert set(composed(name="evaluate")) == set(STORED + OF_THE_CALL)
+
+
+def test_a_stored_config_stands_alone():
+    config = run_config(composed("recipe=w4a4"))
+    assert config["recipe"] == qat.Recipe.preset("w4a4").to_dict()
+    assert not set(config) & set(OF_THE_CALL)
+
+
+def test_recipes_from_a_file_a_preset_and_rules(tmp_path):
+    whole = qat.Recipe.preset("w8a8")
+    whole.save(tmp_path / "mine.yaml")
+    assert read_recipe({"path": str(tmp_path / "mine.yaml"), "preset": "w4a4"}).to_dict() == whole.to_dict()
+    assert read_recipe({"preset": "w8a8", "path": None}).to_dict() == whole.to_dict()
+    assert read_recipe(whole.to_dict()).to_dict() == whole.to_dict()
+    assert read_recipe({"preset": "w4a4", "edges": "same"}).to_dict()["edges"] == "same"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+typo=1"], "typo is not an option"),
+        (["+sead=1"], "did you mean 'seed'"),
+        (["+schedule.epoch=1"], "did you mean 'epochs'"),
+        (["+schedule.phases.freeze_range_at=1"], "did you mean 'freeze_ranges_at'"),
+        (["+early_stopping.patient=1"], "did you mean 'patience'"),
+        (["+logger.tensorbord=1"], "did you mean 'tensorboard'"),
+        (["+optimizer.momentum=1"], "no option 'momentum'"),
+        (["+data.batchsize=1"], "did you mean 'batch_size'"),
+        (["+trainer.max_epoch=1"], "did you mean 'max_epochs'"),
+        (["+recipe.rulez=[]"], "rulez"),
+        (["recipe.preset=w9a9"], "w9a9"),
+        (["recipe.path=nowhere.yaml"], "no file nowhere.yaml"),
+        (["recipe=null"], "no recipe"),
+        (["trainer.max_epochs=0"], "at least 1"),
+        (["trainer.max_epochs=many"], "at least 1"),
+        (["seed=-1"], "seed must be"),
+        (["fold=5"], r"0\.\.4"),
+        (["metrics=null"], "at least one"),
+        (["model._target_=os.system"], "not allowed"),
+        (["data._target_=torch.nn.ReLU", "~data.fold"], "no option"),
+    ],
+)
+def test_mistakes_are_typed_and_named(overrides, message, tmp_path):
+    with pytest.raises(QuantizationError, match=message):
+        Run(run_config(composed(*overrides)), tmp_path)
+
+
+def test_a_run_folder_belongs_to_one_configuration(tmp_path):
+    Run(run_config(composed()), tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 5\n")
+    with pytest.raises(ConfigError, match="another configuration"):
+        Run(run_config(composed()), tmp_path).execute()
