@@ -3,8 +3,8 @@
     python benchmarks/digits.py recipe=w8a8,w4a4 folds=5 seeds=3 [out=runs/benchmark_digits] [any option of train.py]
 
 Each cell (recipe, fold, seed) is a whole run of train.py; the float training is shared between recipes. Finished cells
-are lines of ``cells.jsonl`` and are not run again. The gap is control minus deployed, paired over folds x seeds, with the
-95 % interval of its mean (Student's t).
+are lines of ``cells.jsonl`` and are not run again. The gap is control minus deployed, paired over folds x seeds, with
+the 95 % interval of its mean (Student's t).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def digest(config: dict[str, object]) -> str:
 
 
 def summary(lines: list[dict[str, object]]) -> Table:
-    """Mean accuracies by recipe, and the paired gap in points with its interval."""
-    table = Table("recipe", "cells", *MODELS, "gap", "95 % interval", "bit-equal", box=SIMPLE_HEAD)
+    """Mean accuracies by recipe, and the mean paired gap with half its 95 % interval."""
+    table = Table("recipe", "cells", *MODELS, "gap, points", "bit-equal", box=SIMPLE_HEAD)
     for recipe in dict.fromkeys(str(line["recipe"]) for line in lines):
         mine = [line for line in lines if line["recipe"] == recipe]
         means = [f"{100 * statistics.mean(float(line[model]) for line in mine):.2f}" for model in MODELS]
@@ -71,7 +71,7 @@ def summary(lines: list[dict[str, object]]) -> Table:
             half = t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
         gap = statistics.mean(gaps)
         equal = f"{sum(bool(line['equal']) for line in mine)}/{len(mine)}"
-        table.add_row(recipe, str(len(mine)), *means, f"{gap:+.3f}", f"{gap - half:+.3f} .. {gap + half:+.3f}", equal)
+        table.add_row(recipe, str(len(mine)), *means, f"{gap:+.2f} ± {half:.2f}", equal)
     return table
 
 
@@ -101,7 +101,7 @@ def main() -> None:
                         file.write(json.dumps(line) + "\n")
                 lines.append(line)
                 scores = "  ".join(f"{model} {100 * line[model]:.2f}" for model in MODELS)
-                console.print(f"{recipe} fold {fold} seed {seed}: {scores}", highlight=False)
+                console.print(f"{recipe} fold {fold} seed {seed}: {scores}", highlight=False, soft_wrap=True)
     console.print(summary(lines))
 
 

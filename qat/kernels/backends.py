@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.kernels.contract import Activation, Geometry, Weight, check_int32
+from qat.numerics import affine
 
 INT32_LIMIT = 2**31
 
@@ -57,8 +58,16 @@ class Backend:
 
 def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     """The one expression of the rescale: ``float32(acc) * multiplier + bias``, each step rounded once."""
-    y = acc.float() * multiplier if acc.is_floating_point() else acc * multiplier
-    return y if bias is None else y.add_(bias)
+    if acc.device.type != "cpu" or acc.numel() <= 2 * affine.PIECE or torch.compiler.is_compiling():
+        y = acc.float() * multiplier
+        return y if bias is None else y.add_(bias)
+    y = torch.empty_like(acc, dtype=torch.float32)
+    size = max(1, affine.PIECE * acc.shape[0] // acc.numel())
+    for target, piece in zip(y.split(size), acc.split(size)):  # in pieces that stay in the cache
+        target.copy_(piece).mul_(multiplier)
+        if bias is not None:
+            target.add_(bias)
+    return y
 
 
 class Reference(Backend):

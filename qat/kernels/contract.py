@@ -63,17 +63,18 @@ class Activation:
 class Weight:
     """The right operand: levels (out, in) or (out, in // groups, *kernel), int8 (int16 for affine 8-bit weights).
 
-    ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
+    ``lasting`` says that the levels will be used again, so that packing them pays. ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
     """
 
     levels: Tensor
     bound: int
+    lasting: bool = False
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, w: QuantizedTensor) -> Weight:
+    def of(cls, w: QuantizedTensor, lasting: bool = False) -> Weight:
         fmt = w.spec.fmt
-        return cls(w.levels(), fmt.level_bound if w.zero_point is None else fmt.hi - fmt.lo)
+        return cls(w.levels(), fmt.level_bound if w.zero_point is None else fmt.hi - fmt.lo, lasting)
 
     @property
     def inputs(self) -> int:

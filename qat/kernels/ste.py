@@ -83,52 +83,72 @@ class _Quantize(torch.autograd.Function):
         clamped = x
         if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
             clamped = x.clamp(grid.floor, grid.ceiling)
-        free = affine.rounded(clamped, scale, zero_point, spec)
-        inside = None
-        if fmt.grid == "sign":
-            if grid.clipped:
-                inside = clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW
-            codes = free.to(fmt.dtype)
+        outside = None
+        if grid.clipped and fmt.grid == "sign":
+            outside = clamped.abs() > affine.aligned(scale, clamped, spec) * SIGN_WINDOW
+            codes = affine.quantize(clamped, scale, zero_point, spec)
         elif grid.clipped:
-            bounded = free.clamp(fmt.lo, fmt.hi)
-            inside = free == bounded
-            codes = bounded.to(fmt.dtype)
+            codes, outside = affine.quantize_marking(clamped, scale, zero_point, spec)
         else:
-            codes = free.clamp_(fmt.lo, fmt.hi).to(fmt.dtype)
-        codes = codes.reshape(x.shape)
-        if inside is not None:
-            inside = inside.reshape(x.shape)
-            if grid.floor is not None:
-                inside &= x > grid.floor
-            if grid.ceiling is not None:
-                inside &= x < grid.ceiling
+            codes = affine.quantize(clamped, scale, zero_point, spec)
+        for end, beyond in ((grid.floor, torch.le), (grid.ceiling, torch.ge)):
+            if end is not None:
+                outside = beyond(x, end) if outside is None else outside.logical_or_(beyond(x, end))
         ctx.grid, ctx.zero_point = grid, zero_point
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(inside, *((x, scale, codes, offset) if learns else (None,) * 4))
+        ctx.save_for_backward(_sparse(outside), *((x, scale, codes, offset) if learns else (None,) * 4))
         ctx.mark_non_differentiable(codes)
         return _ghost(x), codes
 
     @staticmethod
     def backward(ctx, g, _):  # type: ignore[no-untyped-def, override]
-        inside, x, scale, codes, offset = ctx.saved_tensors
-        g_x = g_scale = g_offset = None
-        if ctx.needs_input_grad[0]:
-            g_x = g if inside is None else g * inside
+        outside, x, scale, codes, offset = ctx.saved_tensors
+        g_scale = g_offset = None
         if x is not None:
-            g_scale, g_offset = _scale_gradient(g, inside, x, scale, codes, offset, ctx.zero_point, ctx.grid)
-        return g_x, g_scale, g_offset, None, None
+            g_scale, g_offset = _scale_gradient(g, _dense(outside, x), x, scale, codes, offset, ctx.zero_point, ctx.grid)
+        # a gradient that reaches a carrier is nobody else's, so it can be masked in place
+        g_x = g if outside is None else _masked(g, outside)
+        return g_x if ctx.needs_input_grad[0] else None, g_scale, g_offset, None, None
 
 
-def _scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
+def _sparse(outside: Tensor | None) -> Tensor | None:
+    """A mask as what is cheapest to keep: nothing where it is empty, flat indices where it is thin, else itself."""
+    if outside is None or outside.device.type != "cpu" or torch.compiler.is_compiling():
+        return outside
+    count = int(outside.count_nonzero())
+    if count == 0:
+        return None
+    thin = count * 64 < outside.numel() and outside.is_contiguous()
+    return outside.view(-1).nonzero().squeeze(1) if thin else outside
+
+
+def _masked(g: Tensor, outside: Tensor) -> Tensor:
+    """``g`` with zeros where ``outside`` says, in place."""
+    if outside.dtype == torch.bool:
+        return g.masked_fill_(outside, 0.0)
+    if not g.is_contiguous():
+        g = g.contiguous()
+    return g.view(-1).index_fill_(0, outside, 0.0).view(g.shape)
+
+
+def _dense(outside: Tensor | None, like: Tensor) -> Tensor | None:
+    """The bool mask that :func:`_sparse` was given, in the shape of ``like``."""
+    if outside is None or outside.dtype == torch.bool:
+        return outside
+    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    return mask.index_fill_(0, outside, True).view(like.shape)
+
+
+def _scale_gradient(g: Tensor, outside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
                     zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
     spec, fmt = grid.spec, grid.spec.fmt
     g = affine.blocks(g, spec).float()
-    inside = torch.ones((), dtype=torch.bool, device=g.device) if inside is None else affine.blocks(inside, spec)
+    inside = torch.ones_like(g, dtype=torch.bool) if outside is None else ~affine.blocks(outside, spec)
     shape = affine.scale_shape(x.shape, spec)
 
     def reduce(t: Tensor) -> Tensor:
-        return affine.rows(t.expand(g.shape).reshape(x.shape), spec).sum(-1).reshape(shape) * grid.scale_gradient
+        return affine.rows(t.reshape(x.shape), spec).sum(-1).reshape(shape) * grid.scale_gradient
 
     if grid.learned == "pact":
         return reduce(g * (affine.blocks(codes, spec) == fmt.hi) * ~inside * fmt.hi), None
@@ -237,13 +257,17 @@ def product(call: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_carrier, w_carrier, gain, bias, call):  # type: ignore[no-untyped-def]
-        x, w = replace(call.x, carrier=None), replace(call.w, carrier=None)
+        # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
+        nothing = call.x.codes.new_empty(0)
+        x, w = (replace(t, codes=nothing, carrier=None) for t in (call.x, call.w))
         ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach())
+        ctx.save_for_backward(call.x.codes, call.w.codes)
         return call.forward(bias)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def, override]
-        call, needs = ctx.call, ctx.needs_input_grad
+        call, needs, (x, w) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        call = replace(call, x=replace(call.x, codes=x), w=replace(call.w, codes=w))
         g_x, g_w = (_linear_gradients if call.geometry is None else _convolution_gradients)(call, g, needs[0], needs[1])
         g_gain = g_bias = None
         rest = [d for d in range(g.dim()) if d != (g.dim() - 1 if call.geometry is None else 1)]
@@ -257,13 +281,11 @@ class _Product(torch.autograd.Function):
 
 def _weight_values(call: Product, dtype: torch.dtype) -> Tensor:
     """Dequantized weight with the gain, rounded to the backward's dtype: (out, in) or (out, in // groups, *kernel)."""
+    values = affine.blocks(call.w.levels(torch.float32), call.w.spec)
     scale = call.multiplier_w()
-    levels = affine.blocks(call.w.levels(), call.w.spec)
-    if scale.dim() == 1:
-        scale = scale.reshape(-1, *[1] * (levels.dim() - 1))
-    elif scale.dim() == 2:
-        scale = scale.unsqueeze(-1)
-    return (levels * scale).to(dtype).reshape(call.w.shape)
+    if scale.dim():
+        scale = scale.reshape(*scale.shape, *[1] * (values.dim() - scale.dim()))
+    return values.mul_(scale).to(dtype).reshape(call.w.shape)
 
 
 def _times_gain(g_w: Tensor, call: Product) -> Tensor:
@@ -273,22 +295,26 @@ def _times_gain(g_w: Tensor, call: Product) -> Tensor:
 def _linear_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
     dtype, g_x, g_w = call.backward_dtype, None, None
     g_low = g.to(dtype)
-    if need_x:
-        g_x = (g_low @ _weight_values(call, dtype)).to(call.x.dtype)
     if need_w:
-        levels, scale = call.x.levels().flatten(0, -2).to(dtype), call.scale_x()
-        flat = g_low.flatten(0, -2)
-        if scale.dim():
-            flat = (g.float() * scale).to(dtype).flatten(0, -2)
-        g_w = (flat.t() @ levels).float() if g.dim() > 1 else torch.outer(flat, levels).float()
-        g_w = _times_gain(g_w if scale.dim() else g_w.mul_(scale), call)
+        levels, scale = call.x.levels(dtype), call.scale_x()
+        flat = (g.float() * scale).to(dtype) if scale.dim() else g_low
+        g_w = flat.reshape(-1, flat.shape[-1]).t() @ levels.reshape(-1, levels.shape[-1])
+        g_w = _times_gain(g_w.float() if scale.dim() else g_w.float().mul_(scale), call)
+    if need_x:
+        scale = call.multiplier_w()
+        if scale.dim() == 2:
+            g_x = g_low @ _weight_values(call, dtype)
+        else:
+            levels = call.w.levels(dtype)  # a fresh tensor: scaled in place
+            g_x = g_low @ levels.mul_(scale.to(dtype).unsqueeze(-1) if scale.dim() else scale.to(dtype))
+        g_x = g_x.to(call.x.dtype)
     return g_x, g_w
 
 
 def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor | None, Tensor | None]:
     dtype, scale, geometry = call.backward_dtype, call.scale_x(), call.geometry
     assert geometry is not None
-    levels = call.x.levels().to(dtype)
+    levels = call.x.levels(dtype)
     if scale.dim():
         levels = levels * scale.to(dtype)
     g_x, g_w, _ = torch.ops.aten.convolution_backward(

@@ -182,7 +182,7 @@ class QuantizedModule(nn.Module):
         if not self.frozen:
             return None
         if self._kernel is None:
-            self._kernel = Weight.of(weight)
+            self._kernel = Weight.of(weight, lasting=True)
         return self._kernel
 
     def folded(self) -> tuple[Tensor | None, Tensor | None]:

@@ -39,9 +39,9 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         return self.codes.device
 
-    def levels(self) -> Tensor:
-        """The integers that enter a matrix product, zero point taken off, in the least dtype that holds them."""
-        return affine.levels(self.codes, self.zero_point, self.spec)
+    def levels(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The integers that enter a matrix product, zero point taken off; by default in the least dtype that fits."""
+        return affine.levels(self.codes, self.zero_point, self.spec, dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``level * scale`` in float32, then in ``dtype``; the gradient goes to the carrier, if there is one."""
@@ -60,4 +60,4 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
-        return gradient, None, None
+        return gradient.clone(), None, None  # what reaches a carrier may be changed in place

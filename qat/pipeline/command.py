@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -23,7 +23,6 @@ from rich.markup import escape
 import qat
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
-from qat.pipeline.evaluation import measure
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim
 from qat.reporting import compare, read_csv
@@ -46,7 +45,7 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         console = Console()
         if not full:
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
-        failures = 0
+        started, failures = False, 0
 
         def say(error: Exception) -> None:
             text = escape(explain(error, config_folder, config_name))
@@ -54,7 +53,8 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
 
         def job(config: DictConfig) -> None:
             """One job; in a multirun the next one goes on after an error."""
-            nonlocal failures
+            nonlocal started, failures
+            started = True
             try:
                 task(config, console)
             except (QuantizationError, OmegaConfBaseException, OSError) as error:
@@ -68,8 +68,8 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         except KeyboardInterrupt:
             console.print("\nStopped.", style="bold")
             sys.exit(130)
-        except (QuantizationError, HydraException, OmegaConfBaseException) as error:
-            if full:
+        except Exception as error:
+            if full or started:  # once a job has begun, what it does not expect is a fault of ours: show all of it
                 raise
             say(error)
             sys.exit(1)
@@ -119,14 +119,8 @@ def evaluate(config: DictConfig, console: Console) -> None:
         table = folder / "results.csv"
     else:
         values = stored_config(folder) if (folder / "config.yaml").exists() else run_config(config)
-        data = build(values["data"], "data")
-        data.setup("test")
         deployed = qat.load(folder, build(values["model"], "model")).eval()
-        size = (folder / "model.safetensors").stat().st_size
-        run = Run(values, folder, console)
-        results = measure(
-            {"deployed": deployed}, {"deployed": size}, data.test_dataloader(), values["metrics"], run.device, 30
-        )
+        results = Run(values, folder, console).measure({"deployed": (deployed, folder / "model.safetensors")})
         table = folder.resolve().parent / "results.csv"
     console.print(results.render())
     if not table.exists():
@@ -146,8 +140,8 @@ def explain(error: Exception, config_folder: Path, config_name: str) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = ", ".join(error.options)
         return f"{group}={choice}: there is no such choice{nearest(choice, error.options) or '.'} Choices: {choices}."
-    if isinstance(error.__cause__, QuantizationError):  # raised inside an interpolation
-        return str(error.__cause__)
+    if found := re.match(r"ConfigError raised while resolving interpolation: (.*)", str(error)):
+        return found[1]
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         if found := re.search(r"Missing mandatory value: (\S+)", str(error)):
             return f"{found[1]} must be given: {found[1]}=<value>."

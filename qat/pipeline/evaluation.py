@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ def weights_file(folder: Path, model: str) -> Path:
     return folder / "deployed" / "model.safetensors" if model == "deployed" else folder / model / "weights.safetensors"
 
 
-def load_model(config: Mapping[str, Any], folder: Path, model: str) -> nn.Module:
+def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inputs: Any) -> nn.Module:
     """One model of the table, in eval mode, with the weights of the run ``folder``.
+
+    ``example_inputs`` show ``qat.prepare`` the structure of the network, as they did when it was trained.
 
     Raises:
         CheckpointError: the stage that makes it has not finished, or its files are damaged.
@@ -38,7 +40,7 @@ def load_model(config: Mapping[str, Any], folder: Path, model: str) -> nn.Module
     if model == "deployed":
         return qat.load(folder / "deployed", network).eval()
     if model in ("ptq", "qat"):
-        network = qat.prepare(network, qat.Recipe.from_dict(config["recipe"]))
+        network = qat.prepare(network, qat.Recipe.from_dict(config["recipe"]), example_inputs)
     load_weights(network, weights_file(folder, model))
     return network.eval()
 
@@ -71,7 +73,7 @@ def measure(
         model.to(device)
     with torch.no_grad():
         for batch in batches:
-            inputs, target = _to(batch, device)
+            inputs, target = move(batch, device)
             first = inputs if first is None else first
             outputs = {name: call_network(model, inputs) for name, model in models.items()}
             for name, output in outputs.items():
@@ -128,9 +130,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def move(inputs: Any, device: torch.device) -> Any:
+    """Inputs (a tensor, a tuple or a dict of them) on ``device``."""
+    return _map(inputs, lambda tensor: tensor.to(device))
+
+
+def first_example(inputs: Any) -> Any:
+    """The first example of a batch of inputs, as a batch of one."""
+    return _map(inputs, lambda tensor: tensor[:1])
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: _map(item, change) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(_to(item, device) for item in value)
-    return value.to(device)
+        return tuple(_map(item, change) for item in value)
+    return change(value)

@@ -36,7 +36,7 @@ from torch import nn
 
 import qat
 from qat.errors import ConfigError
-from qat.pipeline.evaluation import MODELS, load_model, measure, weights_file
+from qat.pipeline.evaluation import MODELS, first_example, load_model, measure, move, weights_file
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.reporting import Results, read_csv, report
 from qat.training.build import build, check_arguments
@@ -81,6 +81,9 @@ class Run:
             qat.QuantizationError: everything that a user can put right.
             KeyboardInterrupt: run again in the same folder to continue.
         """
+        if not (self.folder / "stages" / "ptq.json").exists():
+            # A recipe that does not fit the network is an error now, and not after an hour of float training.
+            qat.prepare(build(self.config["model"], "model"), self.recipe, self._example, inplace=True)
         path = self.folder / "config.yaml"
         text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
         if not path.exists():
@@ -120,7 +123,7 @@ class Run:
         return self._fit("control", module, self.extra_epochs)
 
     def _ptq(self) -> dict[str, Any]:
-        network = qat.prepare(load_model(self.config, self.folder, "float"), self.recipe).to(self.device)
+        network = qat.prepare(self._load("float"), self.recipe, self._example).to(self.device)
         qat.calibrate(network, self._inputs(self.schedule["calibration_batches"]))
         save_weights(network, weights_file(self.folder, "ptq"))
         return {"batches": self.schedule["calibration_batches"]}
@@ -133,7 +136,7 @@ class Run:
         return self._fit("qat", module, self.extra_epochs, phases)
 
     def _deploy(self) -> dict[str, Any]:
-        prepared = load_model(self.config, self.folder, "qat").to(self.device)
+        prepared = self._load("qat").to(self.device)
         deployed, certificate = qat.convert(prepared, self._inputs(self.schedule["calibration_batches"]))
         qat.save(deployed, self.folder / "deployed")
         write_text(self.folder / "deployed" / "config.yaml", (self.folder / "config.yaml").read_text(encoding="utf-8"))
@@ -161,11 +164,28 @@ class Run:
 
     def evaluate(self, models: Iterable[str] = MODELS) -> Results:
         """Measure these models of the run again, from what is on disk."""
+        return self.measure({name: (self._load(name), weights_file(self.folder, name)) for name in models})
+
+    def measure(self, models: Mapping[str, tuple[nn.Module, Path]]) -> Results:
+        """Measure models, each with the file of its weights, on the test set of this run."""
         self.data.setup("test")
-        loaded = {name: load_model(self.config, self.folder, name) for name in models}
-        sizes = {name: weights_file(self.folder, name).stat().st_size for name in loaded}
-        batches = itertools.islice(self.data.test_dataloader(), 1 if self.fast else None)
-        return measure(loaded, sizes, batches, self.config["metrics"], self.device, repeats=3 if self.fast else 30)
+        return measure(
+            {name: network for name, (network, _) in models.items()},
+            {name: path.stat().st_size for name, (_, path) in models.items()},
+            itertools.islice(self.data.test_dataloader(), 1 if self.fast else None),
+            self.config["metrics"],
+            self.device,
+            repeats=3 if self.fast else 30,
+        )
+
+    def _load(self, model: str) -> nn.Module:
+        return load_model(self.config, self.folder, model, self._example)
+
+    @functools.cached_property
+    def _example(self) -> Any:
+        """The inputs of one example."""
+        self.data.setup()
+        return first_example(next(iter(self.data.calibration_dataloader()))[0])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -174,6 +194,7 @@ class Run:
         return QuantizedTraining(
             config["model"],
             recipe=recipe,
+            example_inputs=None if recipe is None else self._example,
             loss=config["loss"],
             optimizer=dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate),
             scheduler=config["scheduler"],
@@ -203,7 +224,7 @@ class Run:
                 **options,
                 callbacks=[
                     *callbacks,
-                    *([RichProgressBar(leave=False)] if progress else []),
+                    *([RichProgressBar(refresh_rate=5, leave=False)] if progress else []),
                     *([EarlyStopping(**stopping)] if stopping["monitor"] else []),
                     *([LearningRateMonitor("step")] if loggers and not self.fast else []),
                     keep_last,
@@ -249,7 +270,7 @@ class Run:
     def _inputs(self, count: int) -> Iterable[Any]:
         """The inputs of ``count`` batches of training data, the same ones each time."""
         for inputs, _ in itertools.islice(self.data.calibration_dataloader(), 1 if self.fast else count):
-            yield inputs.to(self.device)
+            yield move(inputs, self.device)
 
     def _curves(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
         """The logged values by quantity and stage; where a resumed run logged a step twice, the later value counts."""
@@ -258,11 +279,12 @@ class Run:
             files = (self.folder / stage / "csv").glob("version_*/metrics.csv")
             for path in sorted(files, key=lambda p: int(p.parent.name.removeprefix("version_"))):
                 with open(path, newline="", encoding="utf-8") as file:
-                    for line in csv.DictReader(file):
-                        for name, value in line.items():
-                            if value and name not in ("step", "epoch"):
-                                title = name.split("/")[0].replace("_", " ")
-                                curves.setdefault(title, {}).setdefault(stage, {})[float(line["step"])] = float(value)
+                    lines = list(csv.DictReader(file))
+                for step, name, value in ((row["step"], *item) for row in lines for item in row.items()):
+                    # One learning rate stands for all: the groups of parameters differ by a constant factor.
+                    if value and name not in ("step", "epoch") and not name.endswith(("/pg2", "/pg3")):
+                        title = "learning rate" if name.startswith("lr-") else name.replace("_", " ")
+                        curves.setdefault(title, {}).setdefault(stage, {})[float(step)] = float(value)
         return {
             title: {stage: sorted(points.items()) for stage, points in stages.items()}
             for title, stages in curves.items()

@@ -161,7 +161,9 @@ def _text(value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    """Plain data as HTML: a list of dicts is a table, a dict is a table of its scalars followed by its parts."""
+    """Plain data as HTML: dicts by name or in a list are a table; another dict is its scalars, then its parts."""
+    if isinstance(value, Mapping) and value and all(isinstance(item, Mapping) for item in value.values()):
+        return _value([{"name": name, **item} for name, item in value.items()])
     if isinstance(value, Mapping):
         nested = {k: v for k, v in value.items() if isinstance(v, Mapping | list | tuple) and v}
         scalars = [[str(k).replace("_", " "), _text(v)] for k, v in value.items() if k not in nested]

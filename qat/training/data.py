@@ -21,6 +21,7 @@ from torch import Tensor
 from qat.errors import ConfigError, nearest
 
 Batch = tuple[Tensor, Tensor]
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}  # suffix -> name of the builder in `datasets`
 
 
 def stream_seed(*parts: int) -> int:
@@ -187,8 +188,8 @@ class ClassificationData(L.LightningDataModule):
             top, left = torch.randint(0, 2 * s + 1, (2, count, 1), generator=generator)
             example, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None]
             rows, columns = top + torch.arange(height), left + torch.arange(width)
-            # Indexed in all four dimensions, so that the result has ordinary strides. A permuted one of one channel would
-            # pass for channels_last too, and the convolution backward of torch 2.13 (CPU) corrupts memory on that.
+            # Indexed in all four dimensions, so that the result has ordinary strides: a permuted one of one channel
+            # would pass for channels_last, and every convolution after it would take that for its layout.
             images = padded[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
         if self.flip:
             flipped = torch.rand(count, generator=generator) < 0.5
@@ -362,6 +363,8 @@ class ImageDataModule(ClassificationData):
         import datasets
 
         path = Path(self.dataset).expanduser()
+        if not path.exists() and (path.is_absolute() or path.suffix in FILE_FORMATS or self.dataset.startswith(".")):
+            raise ConfigError(f"There is no file or folder {self.dataset}.")
         options: dict[str, Any] = {"cache_dir": self.cache_dir}
         try:
             if not path.exists():
@@ -370,7 +373,7 @@ class ImageDataModule(ClassificationData):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
                 loaded = datasets.load_dataset(_file_format(path), data_files=str(path), **options)
-            elif files := [f for f in sorted(path.rglob("*")) if f.suffix in (".parquet", ".arrow")]:
+            elif files := [f for f in sorted(path.rglob("*")) if f.suffix in FILE_FORMATS]:
                 # train-00000.parquet, test/0.parquet, ...: `datasets` finds the splits by these names
                 loaded = datasets.load_dataset(_file_format(files[0]), data_dir=str(path), **options)
             else:
@@ -411,7 +414,6 @@ class ImageDataModule(ClassificationData):
 
 
 def _file_format(path: Path) -> str:
-    formats = {".parquet": "parquet", ".arrow": "arrow"}
-    if path.suffix not in formats:
+    if path.suffix not in FILE_FORMATS:
         raise ConfigError(f"{path}: cannot read {path.suffix or 'this kind of'} files; use parquet, arrow or a folder.")
-    return formats[path.suffix]
+    return FILE_FORMATS[path.suffix]

@@ -52,6 +52,8 @@ class QuantizedTraining(L.LightningModule):
         network: a config with a ``_target_`` (stored in the checkpoint), or an ``nn.Module`` (not stored: pass it again
             to ``load_from_checkpoint(path, network=...)``). It is copied, not changed, when a recipe is given.
         recipe: ``Recipe.to_dict()``, or None for floating point.
+        example_inputs: one batch of inputs, with which ``qat.prepare`` looks at the network's structure. Only their
+            shapes and dtypes are kept (and stored).
         loss: config of a module that maps (output, target) to a scalar.
         optimizer: config of a torch optimizer without ``params``.
         scheduler: config of a scheduler without ``optimizer``, stepped after each step; the value ``"total_steps"``
@@ -68,6 +70,7 @@ class QuantizedTraining(L.LightningModule):
         self,
         network: Mapping[str, Any] | nn.Module,
         recipe: Mapping[str, Any] | None = None,
+        example_inputs: Any = None,
         loss: Mapping[str, Any] = CROSS_ENTROPY,
         optimizer: Mapping[str, Any] = ADAMW,
         scheduler: Mapping[str, Any] | None = None,
@@ -78,7 +81,8 @@ class QuantizedTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {
-            "recipe": recipe, "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
+            "recipe": recipe, "example_inputs": shapes(example_inputs),
+            "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
             "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
@@ -102,7 +106,9 @@ class QuantizedTraining(L.LightningModule):
         if self.hparams["recipe"] is not None:
             import qat
 
-            network = qat.prepare(network, qat.Recipe.from_dict(self.hparams["recipe"]))
+            network = qat.prepare(
+                network, qat.Recipe.from_dict(self.hparams["recipe"]), zeros(self.hparams["example_inputs"])
+            )
         self.network = network
         self._configured = True
 
@@ -168,6 +174,32 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
     else:
         output = network(*inputs) if isinstance(inputs, tuple | list) else network(inputs)
     return getattr(output, "logits", output)
+
+
+def shapes(inputs: Any) -> Any:
+    """Inputs with each tensor replaced by ``{"shape": [...], "dtype": "float32"}``, which a checkpoint can hold.
+
+    >>> shapes((torch.zeros(2, 3), {"mask": torch.ones(2, dtype=torch.bool)}))
+    [{'shape': [2, 3], 'dtype': 'float32'}, {'mask': {'shape': [2], 'dtype': 'bool'}}]
+    """
+    if isinstance(inputs, Tensor):
+        return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+    if isinstance(inputs, Mapping):
+        return {name: shapes(value) for name, value in inputs.items()}
+    return [shapes(value) for value in inputs] if isinstance(inputs, tuple | list) else inputs
+
+
+def zeros(described: Any) -> Any:
+    """Inputs of zeros as `shapes` described them.
+
+    >>> zeros(shapes((torch.ones(1, 2), 5)))
+    (tensor([[0., 0.]]), 5)
+    """
+    if isinstance(described, Mapping):
+        if described.keys() == {"shape", "dtype"}:
+            return torch.zeros(described["shape"], dtype=getattr(torch, described["dtype"]))
+        return {name: zeros(value) for name, value in described.items()}
+    return tuple(zeros(value) for value in described) if isinstance(described, list | tuple) else described
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 import qat
-from qat.errors import ConfigError, QuantizationError
+from qat.errors import ConfigError, QuantizationError, RecipeError
 from qat.pipeline import Run, run_config
 from qat.pipeline.config import OF_THE_CALL, STORED, read_recipe
 from qat.training.build import build
@@ -82,7 +82,7 @@ def test_recipes_from_a_file_a_preset_and_rules(tmp_path):
         (["+recipe.rulez=[]"], "rulez"),
         (["recipe.preset=w9a9"], "w9a9"),
         (["recipe.path=nowhere.yaml"], "no file nowhere.yaml"),
-        (["recipe=null"], "no recipe"),
+        (["~recipe"], "no recipe"),
         (["trainer.max_epochs=0"], "at least 1"),
         (["trainer.max_epochs=many"], "at least 1"),
         (["seed=-1"], "seed must be"),
@@ -95,6 +95,13 @@ def test_recipes_from_a_file_a_preset_and_rules(tmp_path):
 def test_mistakes_are_typed_and_named(overrides, message, tmp_path):
     with pytest.raises(QuantizationError, match=message):
         Run(run_config(composed(*overrides)), tmp_path)
+
+
+def test_a_recipe_that_does_not_fit_is_known_before_training(tmp_path):
+    rules = "recipe.rules=[{match:{name:'decoder*'},weight:{format:int8}}]"
+    with pytest.raises(RecipeError, match="decoder"):
+        Run(run_config(composed(f"+{rules}")), tmp_path / "run").execute()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_belongs_to_one_configuration(tmp_path):

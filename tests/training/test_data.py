@@ -192,14 +192,13 @@ def test_local_image_sets(local_set, tmp_path, channels, cache):
         ({"label_column": "label"}, "no column 'label'"),
         ({"test_split": "tst"}, "no split 'tst'"),
         ({"num_classes": 2}, "has label 2, but data.num_classes is 2"),
-        ({"dataset": "missing/file.parquet"}, "cannot be read"),
+        ({"dataset": "missing/file.parquet"}, "no file or folder"),
         ({"dataset": ""}, "Name a data set"),
         ({"channels": 2}, "channels must be"),
         ({"mean": [0.5]}, "one number for each"),
     ],
 )
-def test_errors_are_typed(tmp_path, monkeypatch, options, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_errors_are_typed(tmp_path, options, message):
     table(12).to_parquet(tmp_path / "all.parquet")
     good = {
         "dataset": str(tmp_path / "all.parquet"), "num_classes": 3, "image_column": "picture", "label_column": "kind",
@@ -220,3 +219,12 @@ def test_a_set_without_labels(tmp_path, missing):
         ImageDataModule(
             str(tmp_path / "all.parquet"), 2, val_split="train", test_split="train", cache_dir=str(tmp_path)
         ).setup()
+
+
+def test_a_hub_set_that_cannot_be_reached(monkeypatch):
+    def offline(*args, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/nothing' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ConfigError, match="nobody/nothing' cannot be read"):
+        ImageDataModule("nobody/nothing", 2).setup()

@@ -1,0 +1,227 @@
+"""The contract that every module type in the registry passes. A new type is one entry in ``CASES``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qat
+from qat.deploy.convert import freeze
+from qat.modules.base import REGISTRY, QuantizedModule
+from qat.numerics import packing
+
+
+@dataclass
+class Case:
+    """How to build a module of one type, and a batch of inputs for it."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+
+
+CASES: dict[type[nn.Module], Case] = {
+    nn.Linear: Case(lambda: nn.Linear(6, 5), lambda: (torch.randn(4, 6),)),
+    nn.Embedding: Case(lambda: nn.Embedding(9, 4, padding_idx=2), lambda: (torch.arange(9).reshape(3, 3),)),
+    nn.Conv1d: Case(lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), lambda: (torch.randn(2, 4, 7),)),
+    nn.Conv2d: Case(lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1), lambda: (torch.randn(2, 3, 7, 5),)),
+    nn.Conv3d: Case(lambda: nn.Conv3d(2, 3, 2, dilation=2), lambda: (torch.randn(2, 2, 4, 3, 5),)),
+    nn.ConvTranspose1d: Case(lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), lambda: (torch.randn(2, 4, 5),)),
+    nn.ConvTranspose2d: Case(lambda: nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2), lambda: (torch.randn(2, 4, 5, 3),)),
+    nn.ConvTranspose3d: Case(lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, output_padding=1),
+                             lambda: (torch.randn(1, 2, 2, 3, 2),)),
+    qat.Add: Case(qat.Add, lambda: (torch.randn(3, 4), torch.randn(3, 4))),
+    qat.Concat: Case(lambda: qat.Concat(1), lambda: (torch.randn(3, 4), torch.randn(3, 2))),
+}
+
+
+def test_every_registered_type_has_a_case() -> None:
+    assert set(CASES) == set(REGISTRY)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "w8a8": {"weight": "int8", "input": "int8"},
+    "dynamic": {"weight": "int8", "input": {"format": "int8", "dynamic": True}},
+    "learned": {"weight": {"format": "int4", "learned": "lsq"}, "input": {"format": "int8", "learned": "lsq"}},
+    "weight only": {"weight": "int4"},
+    "output": {"weight": "int8", "input": "int8", "output": "int8"},
+}
+
+
+@pytest.mark.parametrize("scheme", RECIPES)
+@pytest.mark.parametrize("kind", CASES, ids=lambda k: k.__name__)
+class TestContract:
+    def recipe(self, kind: type[nn.Module], scheme: str) -> dict[str, Any]:
+        rule = {"match": {"type": kind.__name__}, **RECIPES[scheme]}
+        if scheme == "weight only" and kind in (qat.Add, qat.Concat):
+            rule["input"] = "int8"                  # they have no weight
+        return {"rules": [rule]}
+
+    def prepared(self, kind: type[nn.Module], scheme: str) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
+        model, x = CASES[kind].build(), CASES[kind].inputs()
+        result = qat.prepare(model, self.recipe(kind, scheme), example_inputs=x)
+        return model, qat.calibrate(result, [x]), x
+
+    def test_the_module_stays_what_it_was(self, kind: type[nn.Module], scheme: str) -> None:
+        model = CASES[kind].build().eval()
+        for parameter in list(model.parameters())[-1:]:
+            parameter.requires_grad_(False)
+        seen: list[str] = []
+        model.register_forward_hook(lambda m, a, y: seen.append("after"))
+        model.register_forward_pre_hook(lambda m, a: seen.append("before"))
+        parameters = dict(model.named_parameters())
+        wanted = {n: p.requires_grad for n, p in parameters.items()}
+        result = qat.prepare(model, self.recipe(kind, scheme), inplace=True)
+        assert result is model
+        assert isinstance(result, QuantizedModule)
+        assert isinstance(result, kind)
+        assert not result.training
+        for name, parameter in parameters.items():
+            assert getattr(result, name) is parameter
+            assert parameter.requires_grad == wanted[name]
+        x = CASES[kind].inputs()
+        qat.calibrate(result, [x])
+        seen.clear()
+        result(*x)
+        assert seen == ["before", "after"]
+        assert all(not q.training for q in result.modules())
+
+    def test_a_copy_leaves_the_float_model_alone(self, kind: type[nn.Module], scheme: str) -> None:
+        model = CASES[kind].build()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        result = qat.prepare(model, self.recipe(kind, scheme))
+        assert type(model) is kind
+        assert result is not model
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert set(model.state_dict()) == set(before)
+
+    def test_forward_shapes_and_values_are_near_the_float_ones(self, kind: type[nn.Module], scheme: str) -> None:
+        model, result, x = self.prepared(kind, scheme)
+        y, expected = result(*x), model(*x)
+        assert y.shape == expected.shape
+        assert y.dtype == expected.dtype
+        error = float((y - expected).detach().abs().max() / expected.detach().abs().max())
+        assert error < (0.35 if scheme in ("learned", "weight only") else 0.05)
+        if kind is not nn.Embedding or scheme != "output":
+            assert error > 0, "nothing was quantized"
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_dtype_is_kept(self, kind: type[nn.Module], scheme: str, dtype: torch.dtype) -> None:
+        model = CASES[kind].build().to(dtype)
+        x = tuple(t.to(dtype) if t.is_floating_point() else t for t in CASES[kind].inputs())
+        result = qat.calibrate(qat.prepare(model, self.recipe(kind, scheme)), [x])
+        assert all(p.dtype == dtype for n, p in result.named_parameters() if "quantizer" not in n)
+        assert all(b.dtype == torch.float32 for n, b in result.named_buffers() if n.endswith("scale"))
+        with torch.no_grad():
+            assert result.eval()(*x).dtype == dtype
+        assert result(*x).dtype == dtype
+        deployed, _ = qat.convert(result, [x])
+        assert deployed(*x).dtype == dtype
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_dtype_may_change_after_prepare(self, kind: type[nn.Module], scheme: str, dtype: torch.dtype) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        result.to(dtype)
+        x = tuple(t.to(dtype) if t.is_floating_point() else t for t in x)
+        y = result.eval()(*x)
+        with torch.no_grad():
+            assert torch.equal(result(*x), y)
+        assert y.dtype == dtype
+        deployed, _ = qat.convert(result, [x])
+        assert torch.equal(deployed(*x), y)
+        assert all(b.dtype == torch.float32 for n, b in deployed.named_buffers() if n.endswith("scale"))
+
+    def test_every_trained_parameter_gets_a_gradient(self, kind: type[nn.Module], scheme: str) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        result.train()
+        x = tuple(t.requires_grad_() if t.is_floating_point() else t for t in x)
+        y = result(*x)
+        (y * torch.randn(y.shape)).sum().backward()
+        for name, parameter in result.named_parameters():
+            assert parameter.grad is not None, name
+            assert bool(torch.isfinite(parameter.grad).all()), name
+            assert bool(parameter.grad.any()), name
+        for t in x:
+            assert not t.is_floating_point() or bool(t.grad.any())
+
+    def test_a_float_checkpoint_loads(self, kind: type[nn.Module], scheme: str) -> None:
+        model, result, x = self.prepared(kind, scheme)
+        assert set(model.state_dict()) <= set(result.state_dict())
+        other = CASES[kind].build()
+        result.load_state_dict(other.state_dict(), strict=True)
+        for name, value in other.state_dict().items():
+            assert torch.equal(result.state_dict()[name], value)
+        fresh = qat.calibrate(qat.prepare(other, self.recipe(kind, scheme)), [x])
+        if scheme in ("dynamic", "weight only"):
+            assert torch.equal(result.eval()(*x), fresh.eval()(*x)), "something of the old weight is left"
+
+    def test_state_dict_round_trip(self, kind: type[nn.Module], scheme: str) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        result.eval()
+        expected = result(*x)
+        fresh = qat.prepare(CASES[kind].build(), self.recipe(kind, scheme)).eval()
+        assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in result.state_dict().items()}
+        fresh.load_state_dict(result.state_dict(), strict=True)
+        assert torch.equal(fresh(*x), expected)
+
+    def test_deepcopy(self, kind: type[nn.Module], scheme: str) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        expected = result.eval()(*x)
+        twin = copy.deepcopy(result)
+        assert torch.equal(twin(*x), expected)
+        assert not {id(t) for t in twin.state_dict(keep_vars=True).values()} & {
+            id(t) for t in result.state_dict(keep_vars=True).values()}
+        deployed, _ = qat.convert(result, [x])
+        deployed(*x)
+        assert torch.equal(copy.deepcopy(deployed)(*x), expected)
+
+    def test_freeze_changes_no_output_and_drops_the_float_weight(self, kind: type[nn.Module], scheme: str) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        expected = result.eval()(*x)
+        frozen = copy.deepcopy(result)
+        freeze(frozen)
+        assert torch.equal(frozen(*x), expected)
+        if result.plan.weight is None:
+            return
+        assert frozen.frozen
+        assert "weight" not in frozen.state_dict()
+        assert not any(t.numel() >= result.weight.numel() and t.is_floating_point() for t in frozen.state_dict().values())
+        assert frozen.weight_codes.dtype == torch.uint8
+        assert frozen.weight_codes.numel() == packing.packed_size(result.weight.numel(), result.plan.weight.bits)
+        # the weight can still be read: dequantized, in the float module's shape
+        assert frozen.weight.shape == result.weight.shape
+        step = float(frozen.weight_scale.max())
+        assert float((frozen.weight - result.weight).abs().max()) <= step * (0.50001 if scheme != "learned" else 4)
+        with pytest.raises(qat.QuantizationError, match="frozen already"):
+            frozen.freeze()
+
+    def test_repr_says_how_it_is_quantized(self, kind: type[nn.Module], scheme: str) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        for model in (result, qat.convert(result, [x])[0]):
+            text = repr(model)
+            assert text.startswith(f"Quantized{kind.__name__}(")
+            for role in ("weight", "input", "output"):
+                assert getattr(model.plan, role) is None or f"{role}={getattr(model.plan, role)}" in text
+
+    def test_a_deployed_model_moves_and_keeps_its_scales(self, kind: type[nn.Module], scheme: str) -> None:
+        _, result, x = self.prepared(kind, scheme)
+        deployed, _ = qat.convert(result, [x])
+        expected = deployed(*x)
+        assert torch.equal(deployed.to("cpu")(*x), expected)
+        assert not any(p.requires_grad for p in deployed.parameters())
+        assert all(b.dtype == torch.float32 for n, b in deployed.half().named_buffers() if n.endswith("scale"))
+
+    def test_no_rows_pass_through(self, kind: type[nn.Module], scheme: str) -> None:
+        model, result, x = self.prepared(kind, scheme)
+        empty = tuple(t[:0] for t in x)
+        for training in (True, False):
+            result.train(training)
+            y = result(*empty)
+            assert y.shape == model(*empty).shape
+            if y.requires_grad:
+                y.sum().backward()

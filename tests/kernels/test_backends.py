@@ -1,0 +1,223 @@
+"""Every backend gives the accumulators, and the rescaled outputs, of the reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qat.errors import OverflowBoundError, QuantizationError, UnsupportedError
+from qat.kernels import table
+from qat.kernels.backends import Backend
+from qat.kernels.contract import Activation, Geometry, Weight, check_int32
+
+REFERENCE = table.BACKENDS["reference"]
+OTHERS = [b for b in table.BACKENDS.values() if b is not REFERENCE]
+
+
+def activation(shape: tuple[int, ...], dtype: torch.dtype, zero_point: Any) -> Activation:
+    limits = torch.iinfo(dtype)
+    values = torch.randint(limits.min, limits.max + 1, shape).to(dtype)
+    if values.numel() > 1:
+        values.view(-1)[0], values.view(-1)[-1] = limits.min, limits.max
+    if zero_point == "rows":
+        zero_point = torch.randint(limits.min, limits.max + 1, (shape[0], *(1,) * (len(shape) - 1)), dtype=torch.int32)
+    elif zero_point == "tensor":
+        zero_point = torch.tensor(limits.max - 5, dtype=torch.int32)
+    elif isinstance(zero_point, int):
+        zero_point = max(limits.min, min(limits.max, zero_point))
+    plain = zero_point is None
+    return Activation(values, zero_point, max(-limits.min, limits.max) if plain else 255)
+
+
+def weight(*shape: int, bound: int = 127) -> Weight:
+    return Weight(torch.randint(-bound, bound + 1, shape).to(torch.int8), bound)
+
+
+ZERO_POINTS: list[Any] = [None, 0, 7, -128, "tensor", "rows"]
+LINEAR = [(1, 1, 1), (1, 7, 3), (2, 1, 5), (5, 33, 7), (17, 8, 8), (64, 64, 16), (3, 5, 1), (0, 4, 3), (9, 130, 11)]
+
+
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda b: b.name)
+@pytest.mark.parametrize(("rows", "inputs", "out"), LINEAR)
+def test_linear_accumulators(backend: Backend, rows: int, inputs: int, out: int) -> None:
+    tried = 0
+    for dtype, zero_point in itertools.product((torch.int8, torch.uint8), ZERO_POINTS):
+        x, w = activation((rows, inputs), dtype, zero_point), weight(out, inputs)
+        if not backend.supports_linear(x, w):
+            continue
+        tried += 1
+        expected = REFERENCE.linear_accumulators(x, w)
+        assert torch.equal(backend.linear_accumulators(x, w).to(torch.int64), expected)
+        multiplier, bias = torch.randn(out) * 0.01, torch.randn(out)
+        multiplier[0] = 0.0
+        for m, b in ((multiplier, bias), (multiplier, None), (torch.tensor(-0.3), bias)):
+            y = backend.linear(x, w, m, b)
+            assert y.dtype == torch.float32
+            by_hand = expected.float() * m
+            assert torch.equal(y, by_hand if b is None else by_hand + b)
+    assert tried or (backend.name != "float" and (rows == 0 or inputs == 1 or not table.BACKENDS["onednn"].available()))
+
+
+def test_the_reference_is_integer_arithmetic() -> None:
+    x, w = activation((3, 4), torch.uint8, 9), weight(2, 4)
+    for m, n in itertools.product(range(3), range(2)):
+        total = sum((int(x.values[m, k]) - 9) * int(w.levels[n, k]) for k in range(4))
+        assert int(REFERENCE.linear_accumulators(x, w)[m, n]) == total
+
+
+CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], Geometry]] = [
+    # (batch, in, *spatial), (out, in // groups, *kernel)
+    ((2, 3, 9), (4, 3, 3), Geometry((1,), (1,), (1,))),
+    ((1, 4, 7), (6, 2, 2), Geometry((3,), (0,), (2,), 2)),
+    ((2, 3, 7, 5), (4, 3, 3, 3), Geometry((1, 1), (1, 1), (1, 1))),
+    ((1, 8, 6, 6), (8, 1, 3, 3), Geometry((2, 1), (1, 0), (1, 2), 8)),
+    ((3, 4, 5, 6), (6, 2, 1, 4), Geometry((1, 3), (2, 5), (1, 1), 2)),
+    ((2, 1, 1, 1), (1, 1, 1, 1), Geometry((1, 1), (0, 0), (1, 1))),
+    ((1, 1, 1, 1), (2, 1, 3, 3), Geometry((2, 2), (1, 1), (1, 1))),
+    ((2, 5, 4, 4), (1, 5, 1, 1), Geometry((1, 1), (3, 0), (1, 1))),
+    ((0, 3, 5, 5), (4, 3, 3, 3), Geometry((1, 1), (1, 1), (1, 1))),
+    ((1, 16, 12, 12), (32, 16, 3, 3), Geometry((2, 2), (1, 1), (1, 1))),
+    ((2, 2, 3, 4, 3), (4, 2, 2, 2, 3), Geometry((1, 2, 1), (1, 0, 1), (1, 1, 1))),
+    ((1, 6, 3, 3, 3), (6, 1, 1, 3, 1), Geometry((1, 1, 1), (0, 2, 0), (1, 2, 1), 6)),
+]
+
+
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda b: b.name)
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CONVOLUTIONS, ids=str)
+def test_convolution_accumulators(backend: Backend, x_shape: tuple[int, ...], w_shape: tuple[int, ...],
+                                  geometry: Geometry) -> None:
+    tried = 0
+    along_out = (-1, *(1,) * geometry.dims)
+    for dtype, zero_point in itertools.product((torch.int8, torch.uint8), ZERO_POINTS):
+        x, w = activation(x_shape, dtype, zero_point), weight(*w_shape)
+        if not backend.supports_convolution(x, w, geometry):
+            continue
+        tried += 1
+        expected = REFERENCE.convolution_accumulators(x, w, geometry)
+        assert expected.shape[2:] == geometry.output_size(x.values.shape, w.levels.shape)
+        assert torch.equal(backend.convolution_accumulators(x, w, geometry).to(torch.int64), expected)
+        multiplier, bias = torch.randn(w_shape[0]) * 0.01, torch.randn(w_shape[0])
+        y = backend.convolution(x, w, geometry, multiplier, bias)
+        assert torch.equal(y, expected.float() * multiplier.reshape(along_out) + bias.reshape(along_out))
+        assert torch.equal(backend.convolution(x, w, geometry, multiplier[0], None), expected.float() * multiplier[0])
+    assert tried or backend.name != "float"
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CONVOLUTIONS, ids=str)
+def test_the_reference_convolution_is_torch_in_double(x_shape: tuple[int, ...], w_shape: tuple[int, ...],
+                                                      geometry: Geometry) -> None:
+    x, w = activation(x_shape, torch.uint8, 100), weight(*w_shape)
+    convolve: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[geometry.dims]
+    expected = convolve(x.values.double() - 100, w.levels.double(), None, geometry.stride, geometry.padding,
+                        geometry.dilation, geometry.groups)
+    assert torch.equal(REFERENCE.convolution_accumulators(x, w, geometry).double(), expected)
+
+
+@pytest.mark.parametrize("inputs", [518, 519, 1032, 1033, 1100, 9000])
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda b: b.name)
+def test_sums_at_the_edge_of_float32_are_exact(backend: Backend, inputs: int) -> None:
+    """All levels at their greatest magnitude, one odd: a float32 sum beyond 2**24 would lose it."""
+    for dtype, top in ((torch.uint8, 255), (torch.int8, -128)):
+        values = torch.full((2, inputs), top).to(dtype)
+        values[0, -1] = 1
+        w = Weight(torch.full((3, inputs), -127, dtype=torch.int8), 127)
+        w.levels[1] = 127
+        w.levels[2, ::2] = 127
+        x = Activation(values, None, 255 if dtype == torch.uint8 else 128)
+        if backend.supports_linear(x, w):
+            expected = REFERENCE.linear_accumulators(x, w)
+            assert int(expected.abs().max()) > 2**24 or inputs <= 1033
+            assert torch.equal(backend.linear_accumulators(x, w).to(torch.int64), expected)
+            multiplier = torch.tensor([0.37, 1.0, -3.0])
+            assert torch.equal(backend.linear(x, w, multiplier, None), expected.float() * multiplier)
+
+
+def test_wide_convolutions_are_exact_too() -> None:
+    x = Activation(torch.full((1, 130, 4, 4), 255, dtype=torch.uint8), None, 255)
+    x.values[0, 0, 0, 0] = 2
+    w = Weight(torch.full((2, 130, 3, 3), 127, dtype=torch.int8), 127)
+    geometry = Geometry((1, 1), (1, 1), (1, 1))
+    expected = REFERENCE.convolution_accumulators(x, w, geometry)
+    assert int(expected.max()) > 2**24
+    for backend in OTHERS:
+        if backend.supports_convolution(x, w, geometry):
+            assert torch.equal(backend.convolution_accumulators(x, w, geometry).to(torch.int64), expected)
+            y = backend.convolution(x, w, geometry, torch.tensor([0.1, -7.0]), torch.tensor([0.3, 0.0]))
+            assert torch.equal(y, expected.float() * torch.tensor([[[0.1]], [[-7.0]]]) + torch.tensor([[[0.3]], [[0.0]]]))
+
+
+@pytest.mark.parametrize("backend", [b for b in OTHERS if b.name != "float"], ids=lambda b: b.name)
+def test_sums_that_may_pass_int32_are_refused_and_run_elsewhere(backend: Backend) -> None:
+    inputs = 2**31 // (255 * 127) + 8
+    x = Activation(torch.full((1, inputs), 255, dtype=torch.uint8), None, 255)
+    w = Weight(torch.full((1, inputs), 127, dtype=torch.int8), 127)
+    assert not backend.supports_linear(x, w)
+    y = table.linear(x, w, torch.ones(()), None)
+    assert float(y) == float(torch.tensor(255 * 127 * inputs).float())
+    assert 255 * 127 * inputs > 2**31
+
+
+def test_overflow_bound() -> None:
+    check_int32(2**31 - 1, "head")
+    with pytest.raises(OverflowBoundError, match="head"):
+        check_int32(2**31, "head")
+    w = Weight(torch.tensor([[1, -2, 3], [0, 0, 0]], dtype=torch.int8), 127)
+    small = Activation(torch.zeros(1, 3, dtype=torch.uint8), None, 255)
+    assert w.accumulator_bound(small) >= 6 * 255
+
+
+def test_affine_weights_of_eight_bits_have_levels_beyond_int8() -> None:
+    w = Weight(torch.tensor([[-255, 255, 3]], dtype=torch.int16), 255)
+    x = activation((4, 3), torch.uint8, 128)
+    expected = (x.values.long() - 128) @ w.levels.long().t()
+    assert torch.equal(table.choose("linear", x, w).linear_accumulators(x, w).long(), expected)
+    assert not table.BACKENDS["onednn"].supports_linear(x, w)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_the_table_can_be_read() -> None:
+    lines = table.describe().splitlines()
+    assert len(lines) == len(table.TABLE)
+    for entry, line in zip(table.TABLE, lines):
+        assert entry.op in line
+        assert entry.backend in line
+        assert entry.backend in table.BACKENDS
+
+
+def test_the_table_can_be_overridden() -> None:
+    x, w = activation((4, 6), torch.uint8, 3), weight(5, 6)
+    chosen = table.choose("linear", x, w)
+    with table.use("reference"):
+        assert table.choose("linear", x, w) is REFERENCE
+        with table.use("float"):
+            assert table.choose("linear", x, w).name == "float"
+        assert table.choose("linear", x, w) is REFERENCE
+    assert table.choose("linear", x, w) is chosen
+    with pytest.raises(RuntimeError), table.use("reference"):
+        raise RuntimeError
+    assert table.choose("linear", x, w) is chosen, "an error inside the block must not leave the override behind"
+
+
+def test_an_entry_in_front_wins() -> None:
+    x, w = activation((4, 6), torch.uint8, 3), weight(5, 6)
+    entry = table.Entry("linear", "cpu", "reference", "for this test")
+    table.TABLE.insert(0, entry)
+    try:
+        assert table.choose("linear", x, w) is REFERENCE
+    finally:
+        table.TABLE.remove(entry)
+    assert table.choose("linear", x, w) is not REFERENCE
+
+
+def test_unknown_and_unsuitable_backends() -> None:
+    with pytest.raises(UnsupportedError, match="'onednn'"), table.use("onedn"):
+        pass
+    wide = Weight(torch.full((1, 3), 255, dtype=torch.int16), 255)
+    with table.use("int_mm"), pytest.raises(QuantizationError, match="int_mm does not support this linear"):
+        table.linear(activation((2, 3), torch.uint8, None), wide, torch.ones(()), None)

@@ -1,0 +1,92 @@
+"""Runs inside one process: what the stages leave, and the options that change how a stage trains."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+import qat
+from qat.errors import CheckpointError
+from qat.pipeline import Run, run_config, stored_config
+from qat.reporting import read_csv
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SMALL = [
+    "trainer.max_epochs=2", "trainer.limit_train_batches=6", "trainer.log_every_n_steps=2", "schedule.epochs=1",
+    "checkpoint.every_n_steps=4", "logger.tensorboard=false",
+]  # fmt: skip
+
+
+def make(folder, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return Run(run_config(compose("config", [*SMALL, *overrides])), folder, Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    run = make(tmp_path_factory.mktemp("run"), "model=mlp", "recipe=w4a8")
+    return run, run.execute()
+
+
+def test_the_table_is_what_is_on_disk(done):
+    run, results = done
+    assert read_csv(run.folder / "results.csv") == results
+    again = Run(stored_config(run.folder), run.folder, Console(quiet=True)).evaluate(("qat", "deployed"))
+    for before, after in zip(results.rows[-2:], again.rows, strict=True):
+        assert (before.score, before.agreement_prepared, before.bytes) == (
+            after.score,
+            after.agreement_prepared,
+            after.bytes,
+        )
+    assert again.bit_equal is True
+    assert again.rows[0].agreement_float is None
+
+
+def test_a_finished_run_does_nothing_again(done):
+    run, results = done
+    times = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+    assert Run(stored_config(run.folder), run.folder, Console(quiet=True)).execute() == results
+    assert times == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+
+
+def test_the_control_has_the_budget_of_the_quantized_training(done):
+    run, _ = done
+    control, quantized = (
+        torch.load(run.folder / stage / "checkpoints" / "last.ckpt", weights_only=True) for stage in ("control", "qat")
+    )
+    assert control["global_step"] == quantized["global_step"] == 12
+    for name in ("optimizer", "scheduler", "loss", "seed"):
+        assert control["hyper_parameters"][name] == quantized["hyper_parameters"][name]
+    for stage in ("control", "qat"):
+        assert json.loads((run.folder / "stages" / f"{stage}.json").read_text())["epochs"] == 2
+    curves = run._curves()
+    assert {"float", "control", "qat"} <= curves["val accuracy"].keys()
+
+
+def test_a_missing_stage_is_named(done, tmp_path):
+    run, _ = done
+    with pytest.raises(CheckpointError, match=r"float/weights\.safetensors is missing"):
+        Run(run.config, tmp_path, Console(quiet=True)).evaluate()
+
+
+def test_best_weights_and_early_stopping(tmp_path):
+    run = make(
+        tmp_path, "trainer.max_epochs=6", "checkpoint.monitor=val_accuracy", "early_stopping.monitor=val_accuracy",
+        "early_stopping.mode=max", "early_stopping.patience=1", "early_stopping.min_delta=2",
+    )  # fmt: skip
+    run._float()
+    best = torch.load(tmp_path / "float" / "best" / "best.ckpt", weights_only=True)
+    assert best["epoch"] < 5
+    network = run._load("float")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, best["state_dict"][f"network.{name}"])
+
+
+def test_layers_without_batch_norm_and_dynamic_ranges_are_equal_too(tmp_path):
+    results = make(tmp_path, "model=mlp", "recipe=w8a8_dynamic", "trainer.fast_dev_run=true").execute()
+    assert results.bit_equal is True
+    deployed = qat.load(tmp_path / "deployed", torch.nn.Sequential(*make(tmp_path, "model=mlp")._load("float")))
+    assert not any(parameter.is_floating_point() and parameter.ndim == 2 for parameter in deployed.parameters())
