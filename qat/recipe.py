@@ -165,6 +165,8 @@ class Recipe:
         rules = data.get("rules") or ()
         if not isinstance(rules, list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
+        if not isinstance(data.get("calibration") or (), list | tuple):
+            raise RecipeError(f"calibration: is a list of algorithms, not {data['calibration']!r}")
         values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges") if data.get(k) is not None}
         return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
                    calibration=tuple(data.get("calibration") or ()), **values)
@@ -203,11 +205,15 @@ class Recipe:
         rules = [dict(rule) for rule in data["rules"]]
         for key in ("weight", "input"):
             if overrides.get(key) is not None:
+                if not isinstance(overrides[key], Mapping):
+                    raise RecipeError(f"{key}: override of preset {name} is a mapping such as {{format: int8}}, not {overrides[key]!r}")
                 if not any(rule.get(key) for rule in rules):
                     raise RecipeError(f"preset {name} has no {key} spec to override")
                 for rule in rules:
                     if rule.get(key) and not rule.get("optional"):
                         rule[key] = {**rule[key], **overrides[key]}
+        if not isinstance(overrides.get("rules") or [], list | tuple):
+            raise RecipeError(f"rules: is a list of rules, not {type(overrides['rules']).__name__}")
         data["rules"] = [*(overrides.get("rules") or []), *rules]
         data |= {k: v for k, v in overrides.items() if k in ("name", "backward_dtype", "edges", "calibration")
                  and v is not None}

@@ -117,7 +117,11 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
         if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
             raise PrepareError(f"{name or 'the model'} is lazy and has no weights yet: run it once before prepare")
     if not inplace:
-        model = copy.deepcopy(model)
+        try:
+            model = copy.deepcopy(model)
+        except RuntimeError as error:
+            raise PrepareError(f"this model cannot be copied ({error}); give inplace=True, or use the weight norm of "
+                               "nn.utils.parametrizations") from None
     trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
     plan = _Planner(model, recipe, trace).plan()
     model = carry_out(model, plan)
@@ -134,7 +138,7 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Swap the modules of ``model``, in place, as ``plan`` says."""
     modules = dict(model.named_modules())
-    for name, layer in plan.layers.items():
+    for name, layer in sorted(plan.layers.items(), key=lambda item: item[1].tied_to is not None):
         if name not in modules:
             raise PrepareError(f"the plan names a module {name!r} that this model does not have")
         module, quantized = modules[name], _quantized_type(modules[name])
@@ -210,6 +214,8 @@ class _Planner:
                     self.result.kept[name] = "no rule matches"
                 continue
             if rule.keep is not None:
+                if not leaf and inside is not None:
+                    self.result.kept[name] = f"{rule} keeps it; float32, since {opaque[inside]}"
                 if leaf:
                     used.add(rule)
                     self.result.kept[name] = f"{rule} keeps it {rule.keep}"
@@ -222,7 +228,7 @@ class _Planner:
             reason = self.obstacle(module, quantized, rule, opaque[inside] if inside is not None else None)
             if reason is not None:
                 refused.setdefault(rule, f"{name}: {reason}")
-                if leaf:
+                if leaf or any(p is not None for p in module._parameters.values()):
                     self.result.kept[name] = reason
                 continue
             assert quantized is not None
@@ -293,6 +299,11 @@ class _Planner:
         wrong = []
         for name, plan in self.result.layers.items():
             spec, weight = plan.weight, getattr(self.modules[name], "weight", None)
+            source = plan.input
+            if plan.kind.startswith("ConvTranspose") and source is not None and not (
+                    source.fmt.has_zero and (source.symmetric or not source.dynamic)):
+                raise PrepareError(f"{name}: a transposed convolution spreads its input with zeros, which needs an affine "
+                                   f"format with one zero point, not {source}; give it a rule of its own")
             if spec is None or spec.granularity != "per_group" or weight is None:
                 continue
             size = spec.group_size
@@ -388,7 +399,7 @@ class _Planner:
     def absorb(self) -> None:
         """Activation functions in front of quantizers become part of them, where every reader is such a quantizer."""
         candidates = {n: c for n, m in self.modules.items() if (c := clamp_of(m)) is not None
-                      and n not in self.result.absorbed and self.quiet(n) and self.calls(n)}
+                      and n not in self.result.absorbed and self.quiet(n) and self.calls(n) and self.harmless(n)}
         layers = self.result.layers
 
         def source(call: Call) -> str | None:
@@ -407,7 +418,7 @@ class _Planner:
                                                            else reader.module)
             for name, clamp in list(candidates.items()):
                 fine = bool(takers.get(name)) and all(
-                    t in layers and layers[t].input is not None and not layers[t].chained
+                    t in layers and layers[t].input is not None and not layers[t].chained and self.quiet(t)
                     and layers[t].kind not in ("Add", "Concat")
                     and get_format(layers[t].input.format).has_zero  # type: ignore[union-attr]
                     and layers[t].input.format != "ternary"  # type: ignore[union-attr]
@@ -425,13 +436,19 @@ class _Planner:
                 layers[taker].input = unsigned(spec)
                 layers[taker].absorbs = clamp
 
+    def harmless(self, name: str) -> bool:
+        """Whether nobody else reads what an in-place module overwrites (a run shows versions, a symbolic trace does not)."""
+        assert self.trace is not None
+        return (self.trace.executed or not getattr(self.modules[name], "inplace", False)
+                or all(len(self.readers(c.inputs[0])) == 1 for c in self.calls(name)))
+
     def chain(self) -> None:
         """Layers with an output spec pass codes on, where everyone who reads them takes codes."""
         layers = self.result.layers
         for name in [n for n, p in layers.items() if p.output is not None]:
             plan, calls = layers[name], self.calls(name)
             assert plan.output is not None
-            if len(calls) != 1:
+            if len(calls) != 1 or plan.output.granularity != "per_tensor" or not self.quiet(name):
                 continue
             tail = calls[0]
             if plan.batch_norm:
@@ -460,14 +477,16 @@ class _Planner:
                 return None, []
             module = self.modules[reader.module]
             if type(module) in MOVERS and len(self.calls(reader.module)) == 1 and self.quiet(reader.module):
-                beyond, more = self.takers(reader.outputs[0], spec)
-                if beyond is None:
-                    return None, []
-                found |= beyond
-                movers += [reader.module, *more]
+                movers.append(reader.module)
+                if reader.outputs[0] != key:            # else it returned its input: who reads that is seen here anyway
+                    beyond, more = self.takers(reader.outputs[0], spec)
+                    if beyond is None:
+                        return None, []
+                    found |= beyond
+                    movers += more
                 continue
             plan = self.result.layers.get(reader.module)
-            if plan is None or plan.kind == "Embedding" or getattr(module, "padding_mode", "zeros") != "zeros":
+            if plan is None or plan.kind == "Embedding" or not self.quiet(reader.module) or getattr(module, "padding_mode", "zeros") != "zeros":
                 return None, []
             if plan.input is not None and plan.input.bits != spec.bits:
                 return None, []
@@ -506,7 +525,7 @@ class _Planner:
 
 def unsigned(spec: TensorSpec) -> TensorSpec:
     """``spec`` for values that are never negative: unsigned codes whose lowest is real zero."""
-    return spec.replace(format=spec.fmt.unsigned().name, symmetric=True,
+    return spec.replace(format=spec.fmt.unsigned().name, symmetric=spec.learned != "pact",
                         learned="lsq" if spec.learned == "lsq_plus" else spec.learned)
 
 
@@ -609,7 +628,7 @@ def coverage(model: nn.Module) -> Coverage:
             folded = getattr(module, "_producer", None)
             default = f"no quantized form of {type(module).__name__}"
             reason = f"folded into {folded[0].name} in eval" if folded else state.plan.kept.get(name, default)
-            if folded is None and isinstance(module, QuantizedBatchNorm):
+            if not folded and isinstance(module, QuantizedBatchNorm):
                 reason = "batch norm, not folded"
             if isinstance(module, NarrowFloat):
                 reason = state.plan.kept.get(name, reason)
@@ -635,7 +654,7 @@ def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: se
     for key, parameter in module._parameters.items():
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
-            params += parameter.numel() if key in ("weight", "bias") else 0
+            params += parameter.numel()
     reasons = [plan.reason] if plan.reason else []
     if plan.tied_to:
         reasons.append(f"weight shared with {plan.tied_to}, quantized once")

@@ -7,9 +7,9 @@ needs it to see matrix products that are called as functions, and to count multi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -78,12 +78,25 @@ class Trace:
         return [*readers, None] if key in self.returned else readers
 
     def producer(self, key: Key) -> Call | None:
-        """The last call that made a tensor; None if it came from outside."""
-        return next((c for c in reversed(self.calls) if key in c.outputs), None)
+        """The last call that made a tensor (not one that returned its input); None if it came from outside."""
+        return next((c for c in reversed(self.calls) if key in c.outputs and key not in c.inputs), None)
 
     @property
     def functions(self) -> list[Call]:
         return [c for c in self.calls if c.function is not None]
+
+
+def leaves(values: Any) -> list[Any]:
+    """The leaves of nested containers, dataclasses and mappings of any type included."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(values):
+        if is_dataclass(leaf) and not isinstance(leaf, type | QuantizedTensor):
+            found += leaves([getattr(leaf, f.name) for f in fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            found += leaves(dict(leaf))
+        else:
+            found.append(leaf)
+    return found
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -105,7 +118,7 @@ class _Recorder(TorchFunctionMode):
 
     def keys(self, values: Any) -> list[Key]:
         found = []
-        for t in pytree.tree_leaves(values):
+        for t in leaves(values):
             if isinstance(t, QuantizedTensor):
                 t = t.codes
             if isinstance(t, Tensor):

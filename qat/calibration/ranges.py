@@ -114,8 +114,7 @@ def _observe(model: nn.Module, batch: Any, index: int, ignore: bool, quantizers:
 
 def _warn(quantizers: list[StaticQuantizer]) -> None:
     """One warning each for inputs that are always zero, and for 1-bit inputs that never change sign."""
-    silent = [q.name for q in quantizers if not q.observer.empty and q.spec.fmt.grid != "sign"
-              and not bool(q.observer.low.any() | q.observer.high.any())]
+    silent = [q.name for q in quantizers if not q.observer.empty and q.spec.fmt.grid != "sign" and q.observer.silent]
     if silent:
         warnings.warn(f"always zero in calibration, so their scale is 1: {', '.join(silent)}", stacklevel=3)
     stuck = [q.name for q in quantizers if q.spec.fmt.grid == "sign" and getattr(q.observer, "one_sided", False)]
@@ -162,6 +161,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     """
     norms = [m for m in model.modules() if isinstance(m, QuantizedBatchNorm) and m.running_mean is not None]
     momenta = [m.momentum for m in norms]
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms]
     count = 0
     with evaluating(model), torch.no_grad():
         for norm in norms:
@@ -176,5 +176,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
             for norm, momentum in zip(norms, momenta):
                 norm.momentum = momentum
     if not count:
+        for norm, values in zip(norms, before):
+            norm.load_state_dict(values)
         raise CalibrationError("batch norm re-estimation needs at least one batch")
 

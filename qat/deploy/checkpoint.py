@@ -127,7 +127,7 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         if is_prepared(skeleton):
             raise PrepareError("the skeleton is prepared already: give the float architecture")
         model = carry_out(copy.deepcopy(skeleton), plan).eval()
-    except (QuantizationError, KeyError, TypeError, AttributeError) as error:
+    except (QuantizationError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} does not fit this architecture: {error}") from None
     modules = quantized_modules(model)
     for module in modules.values():
@@ -174,11 +174,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not the manifest of a qat checkpoint")
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {manifest.get('version')!r}; this package reads version {VERSION}")
-    needed = {"recipe": dict, "plan": dict, "tensors": dict, "aliases": dict, "functions": list, "macs": dict,
+    needed = {"recipe": dict, "plan": dict, "certificate": dict, "coverage": dict, "tensors": dict, "aliases": dict, "functions": list, "macs": dict,
               "sha256": str, "bytes": int}
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
+    if not all(isinstance(owner, str) for owner in manifest["aliases"].values()):
+        raise CheckpointError(f"{path} is damaged: aliases are not names")
+    if not all(isinstance(entry, list) and len(entry) == 4 for entry in manifest["functions"]):
+        raise CheckpointError(f"{path} is damaged: functions are not lists of four")
     return manifest
 
 
@@ -220,6 +224,9 @@ def _assign(model: nn.Module, values: dict[str, Tensor], folder: Path) -> None:
         raise CheckpointError(f"{folder} is for another architecture: missing {', '.join(missing[:8]) or 'nothing'}; "
                               f"unexpected {', '.join(unexpected[:8]) or 'nothing'}")
     for name, value in values.items():
+        integers = not (own[name].is_floating_point() and value.is_floating_point()) or "quantizer." in name or name.endswith("weight_scale")
+        if integers and own[name].dtype != value.dtype:
+            raise CheckpointError(f"{folder}: {name} is {value.dtype}, this architecture needs {own[name].dtype}")
         if own[name].shape != value.shape:
             raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}, this architecture needs "
                                   f"{tuple(own[name].shape)}")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from qat.errors import ConvertError, NotCalibratedError, ParityError
 from qat.modules.base import QuantizedModule
@@ -18,7 +17,7 @@ from qat.modules.precision import NarrowFloat
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import Quantizer, StaticQuantizer
 from qat.rewriter import prepared_state, quantized_modules
-from qat.tracing import evaluating, run
+from qat.tracing import evaluating, leaves, run
 
 
 @dataclass
@@ -206,8 +205,8 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
-    return [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in leaves
+    found = leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
+    return [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in found
             if isinstance(t, Tensor | QuantizedTensor)]
 
 

@@ -56,15 +56,19 @@ class Backend:
                        None if bias is None else bias.reshape(shape))
 
 
-def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None) -> Tensor:
-    """The one expression of the rescale: ``float32(acc) * multiplier + bias``, each step rounded once."""
+def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Tensor | None = None) -> Tensor:
+    """The one expression of the rescale: ``float32(acc - taken_off) * multiplier + bias``, each step rounded once.
+
+    Args:
+        taken_off: integers that broadcast against ``acc``: what a zero point adds to the accumulators.
+    """
     if acc.device.type != "cpu" or acc.numel() <= 2 * affine.PIECE or torch.compiler.is_compiling():
-        y = acc.float() * multiplier
+        y = (acc if taken_off is None else acc - taken_off).float() * multiplier
         return y if bias is None else y.add_(bias)
     y = torch.empty_like(acc, dtype=torch.float32)
     size = max(1, affine.PIECE * acc.shape[0] // acc.numel())
     for target, piece in zip(y.split(size), acc.split(size)):  # in pieces that stay in the cache
-        target.copy_(piece).mul_(multiplier)
+        target.copy_(piece if taken_off is None else piece.sub_(taken_off)).mul_(multiplier)
         if bias is not None:
             target.add_(bias)
     return y
@@ -223,9 +227,20 @@ class IntMM(Backend):
 
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
         padded = any(geometry.padding)
-        return self.supports_linear(x, w) and (not padded or not x.zero_point or x.bound <= 127)
+        return self.supports_linear(x, w) and x.fixed and (not padded or not x.zero_point or x.bound <= 127)
 
     def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        acc, taken_off = self._raw(x, w)
+        return acc if taken_off is None else acc.sub_(taken_off)
+
+    def linear(self, x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+        acc, taken_off = self._raw(x, w)
+        one_for_all = taken_off is None or taken_off.dim() == 1
+        return (rescale(acc, multiplier, bias, taken_off) if one_for_all
+                else rescale(acc.sub_(taken_off), multiplier, bias))
+
+    def _raw(self, x: Activation, w: Weight) -> tuple[Tensor, Tensor | None]:
+        """The product of the values as they are, and what their zero point adds to it: (out,) or (rows, out)."""
         values, zero_point = x.values, x.zero_point
         one_row = values.device.type == "cpu" and values.shape[0] == 1 and x.fixed
         if one_row or (values.dtype == torch.uint8 and values.device.type == "cpu" and x.fixed):
@@ -234,9 +249,10 @@ class IntMM(Backend):
             values, zero_point = (values ^ 128).view(torch.int8), (0 if zero_point is None else zero_point) - 128
         acc = self._matmul(values, w)
         if zero_point is None or (isinstance(zero_point, int) and zero_point == 0):
-            return acc
-        return acc.sub_(w.cached(("zero", zero_point), lambda: w.row_sums() * zero_point)
-                        if isinstance(zero_point, int) else zero_point * w.row_sums())
+            return acc, None
+        if isinstance(zero_point, int):
+            return acc, w.cached(("zero", zero_point), lambda: w.row_sums() * zero_point)
+        return acc, zero_point * w.row_sums()
 
     def _matmul(self, values: Tensor, w: Weight) -> Tensor:
         (rows, inputs), out = values.shape, w.levels.shape[0]
@@ -264,7 +280,7 @@ class IntMM(Backend):
         results = []
         for g in range(groups):
             part = windows.narrow(1 + dims, g * (channels // groups), channels // groups)
-            matrix = part.reshape(batch * spatial.numel(), -1)
+            matrix = part.reshape(batch * spatial.numel(), w.inputs)
             rows = slice(g * (out // groups), (g + 1) * (out // groups))
             block = w.cached(("group", g), lambda rows=rows: Weight(w.levels[rows].flatten(1), w.bound))
             results.append(self.linear_accumulators(Activation(matrix, x.zero_point, x.bound), block))

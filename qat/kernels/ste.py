@@ -298,8 +298,14 @@ def _linear_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> t
     if need_w:
         levels, scale = call.x.levels(dtype), call.scale_x()
         flat = (g.float() * scale).to(dtype) if scale.dim() else g_low
-        g_w = flat.reshape(-1, flat.shape[-1]).t() @ levels.reshape(-1, levels.shape[-1])
-        g_w = _times_gain(g_w.float() if scale.dim() else g_w.float().mul_(scale), call)
+        flat, levels = flat.reshape(-1, flat.shape[-1]).t(), levels.reshape(-1, levels.shape[-1])
+        if scale.dim():
+            g_w = (flat @ levels).float()
+        elif scale.device.type == "cpu" and not torch.compiler.is_compiling():  # the scale rides on the product
+            g_w = torch.addmm(flat.new_zeros(()), flat, levels, beta=0, alpha=float(scale)).float()
+        else:
+            g_w = (flat @ levels).float().mul_(scale)
+        g_w = _times_gain(g_w, call)
     if need_x:
         scale = call.multiplier_w()
         if scale.dim() == 2:

@@ -237,9 +237,11 @@ class QuantizedModule(nn.Module):
     def drop_float_weight(self) -> None:
         """Forget the float weight, and whatever computed it (weight norm, spectral norm)."""
         if nn.utils.parametrize.is_parametrized(self, "weight"):
-            nn.utils.parametrize.remove_parametrizations(self, "weight", leave_parametrized=True)
+            del self.parametrizations["weight"]
+            if not len(self.parametrizations):
+                del self.parametrizations
         for key, hook in list(self._forward_pre_hooks.items()):
-            if isinstance(hook, nn.utils.weight_norm.WeightNorm) or type(hook).__name__ == "SpectralNorm":
+            if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
                 del self._forward_pre_hooks[key]
         for key in ("weight", "weight_g", "weight_v", "weight_orig"):
             self._parameters.pop(key, None)
@@ -277,10 +279,16 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         scale = self._buffers.get("weight_scale")
         super()._apply(fn, recurse)
+        self.float_dtype = fn(torch.zeros((), dtype=self.float_dtype)).dtype
         if scale is not None and self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         self._kernel = self._codes = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies derive anew what cannot be copied: packed weights, and weights that a hook computes."""
+        own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        return {**own, "_kernel": None, "_codes": None}
 
     def _load_from_state_dict(self, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args)

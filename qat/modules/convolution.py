@@ -20,10 +20,16 @@ from qat.modules.base import QuantizedModule, register
 from qat.numerics.tensor import QuantizedTensor
 
 
+def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
+    """Codes that arrived without a batch dimension get one."""
+    return ste.rearranged(x, x.codes.unsqueeze(0), lambda g: g.squeeze(0)) if x.codes.dim() == dims + 1 else x
+
+
 class QuantizedConvolution(QuantizedModule):
     """x (batch, in, *spatial) or (in, *spatial); weight (out, in // groups, *kernel)."""
 
-    def forward(self, x: Tensor | QuantizedTensor) -> Any:
+    def forward(self, input: Tensor | QuantizedTensor) -> Any:
+        x = input
         if self.calibrating or self.plan.weight is None:
             return self.finish(self._conv_forward(self.float_input(x), self.weight, self.bias))
         weight = self.quantized_weight()
@@ -33,7 +39,7 @@ class QuantizedConvolution(QuantizedModule):
         single = len(x.shape) == len(self.kernel_size) + 1
         if isinstance(x, Tensor):
             x = self._pad(x.unsqueeze(0) if single else x)
-        y = self._integer(self.quantized_input(x), weight)
+        y = self._integer(batched(self.quantized_input(x), len(self.kernel_size)), weight)
         return self.finish(y.squeeze(0) if single else y)
 
     def _pad(self, x: Tensor) -> Tensor:
@@ -94,7 +100,8 @@ class QuantizedTransposedConvolution(QuantizedModule):
         grouped = matrix.reshape(self.groups, -1, *matrix.shape[1:]).transpose(1, 2).flip(*range(3, matrix.dim() + 1))
         return grouped.reshape(self.in_channels, self.out_channels // self.groups, *matrix.shape[2:])
 
-    def forward(self, x: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
+    def forward(self, input: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
+        x = input
         dims = len(self.kernel_size)
         single = len(x.shape) == dims + 1
         if isinstance(x, Tensor) and single:
@@ -109,7 +116,7 @@ class QuantizedTransposedConvolution(QuantizedModule):
             weight = self.weight_from_matrix(self.quantized_weight().dequantize(values.dtype))
             y = self._float(values, weight, self.bias, extra)
         else:
-            spread = self._spread(self.quantized_input(x), extra)
+            spread = self._spread(batched(self.quantized_input(x), dims), extra)
             geometry = Geometry((1,) * dims, (0,) * dims, self.dilation, self.groups)
             y = self.product(spread, self.quantized_weight(), geometry=geometry)
         return self.finish(y.squeeze(0) if single else y)

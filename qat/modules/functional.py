@@ -69,7 +69,8 @@ class QuantizedConcat(QuantizedFunction, Concat):
 class TakesCodes(nn.Module):
     """Mixin for a module that only moves values about (flatten, identity): codes go through it as they are."""
 
-    def forward(self, x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+    def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        x = input
         if not isinstance(x, QuantizedTensor):
             return super().forward(x)
         shape = x.codes.shape

@@ -19,7 +19,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     replaces = nn.Linear
 
-    def forward(self, x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+    def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        x = input
         if self.calibrating or self.plan.weight is None:
             return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
         weight = self.quantized_weight()
@@ -36,7 +37,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
     replaces = nn.Embedding
     takes_input_spec = False
 
-    def forward(self, indices: Tensor) -> Tensor | QuantizedTensor:
+    def forward(self, input: Tensor) -> Tensor | QuantizedTensor:
+        indices = input
         if self.calibrating or self.plan.weight is None:
             return self.finish(self._look_up(indices, self.weight))
         table = self.quantized_weight()

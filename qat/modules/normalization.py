@@ -6,6 +6,8 @@ prepared model in eval and the deployed model compute one expression, and traini
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,8 @@ class QuantizedBatchNorm(nn.Module):
         offset = -mean * gain
         return gain, offset if self.bias is None else self.bias.float() + offset
 
-    def forward(self, x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+    def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        x = input
         if not self._producer:
             return super().forward(x)
         producer = self._producer[0]
@@ -59,8 +62,8 @@ class QuantizedBatchNorm(nn.Module):
 class Absorbed(nn.Module):
     """Mixin for an activation function that the quantizers behind it (or in front of it) have taken over."""
 
-    def forward(self, x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-        return x
+    def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        return input
 
 
 CLAMPS: dict[type[nn.Module], tuple[float | None, float | None]] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
@@ -70,5 +73,5 @@ CLAMPS: dict[type[nn.Module], tuple[float | None, float | None]] = {nn.ReLU: (0.
 def clamp_of(module: nn.Module) -> tuple[float | None, float | None] | None:
     """``(floor, ceiling)`` if ``module`` clamps from zero up (ReLU, ReLU6, Hardtanh(0, c)); else None."""
     if isinstance(module, nn.Hardtanh) and type(module) in (nn.Hardtanh, nn.ReLU6):
-        return (0.0, float(module.max_val)) if module.min_val == 0 and module.max_val > 0 else None
+        return (0.0, None if math.isinf(module.max_val) else float(module.max_val)) if module.min_val == 0 and module.max_val > 0 else None
     return CLAMPS.get(type(module))

@@ -21,6 +21,7 @@ class NarrowFloat(nn.Module):
 
     narrow: torch.dtype
     frozen_narrow: bool
+    float_dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         came = [t.dtype for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -35,7 +36,7 @@ class NarrowFloat(nn.Module):
                 result = super().forward(*args, **kwargs)
         finally:
             self._parameters = master
-        return _cast(result, came[0] if came else torch.float32)
+        return _cast(result, came[0] if came else self.float_dtype)
 
     def freeze(self) -> None:
         """Round the parameters for good."""
@@ -53,6 +54,7 @@ def keep_in(module: nn.Module, dtype: str) -> nn.Module:
         return module
     adopted: NarrowFloat = adopt(NarrowFloat, module)
     adopted.narrow, adopted.frozen_narrow = DTYPES[dtype], False
+    adopted.float_dtype = next((p.dtype for p in module.parameters()), torch.float32)
     return adopted
 
 

@@ -243,4 +243,5 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | int | None, sp
     """``float32(level) * (scale * unit)``: one rounding, the product's. Float32, in the shape of ``codes``."""
     values = blocks(levels(codes, zero_point, spec, torch.float32), spec)
     step = scale * spec.fmt.unit if spec.fmt.unit != 1.0 else scale
-    return values.mul_(aligned(step, values, spec)).reshape(codes.shape)
+    values.mul_(aligned(step, values, spec))
+    return values if values.shape == codes.shape else values.reshape(codes.shape)

@@ -130,7 +130,7 @@ def get_format(name: str | Format) -> Format:
     """
     if isinstance(name, Format):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise SpecError(f"unknown format {name!r}{nearest(str(name), FORMATS)}; formats are {', '.join(FORMATS)}")
     return FORMATS[name]
 
@@ -302,6 +302,6 @@ class TensorSpec:
 
 
 def _choice(key: str, value: object, known: Any) -> None:
-    if value not in known:
+    if value not in list(known):
         names = [k for k in known if k is not None]
         raise SpecError(f"unknown {key} {value!r}{nearest(str(value), names)}; known are {', '.join(names)}")

@@ -67,6 +67,16 @@ class Observer(nn.Module):
         torch.minimum(self.low, low, out=self.low)
         torch.maximum(self.high, high, out=self.high)
 
+    @property
+    def silent(self) -> bool:
+        """Whether everything seen was zero."""
+        return not bool(self.low.any() | self.high.any())
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        """A float checkpoint holds nothing for an observer: nothing is missing then."""
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
     def qparams(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point for what has been seen."""
         return affine.choose_qparams(self.low, self.high, self.spec)
@@ -91,6 +101,16 @@ class MeanMagnitudeObserver(Observer):
     def reset(self) -> None:
         self.low.zero_()
         self.high.zero_()
+        self.signs: set[bool] = set()
+
+    @property
+    def silent(self) -> bool:
+        return not bool(self.high.any())
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether no value, or every value, seen since the last reset was negative."""
+        return len(self.signs) == 1
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
@@ -102,6 +122,7 @@ class MeanMagnitudeObserver(Observer):
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         count = x.numel() // max(1, self.low.numel())
+        self.signs |= {bool(s) for s in (x < 0).aminmax()}
         self.high += affine.mean_magnitude(x, self.spec) * count
         self.low += count
 

@@ -335,8 +335,8 @@ class LearnedQuantizer(StaticQuantizer):
             raise NotCalibratedError(f"{self.name or 'quantizer'} has no range to start from: run qat.calibrate(model, "
                                      "batches) first")
         scale, zero_point = self.present()
-        if self.spec.granularity == "per_tensor" and not bool(torch.isfinite(scale)):
-            raise CalibrationError(f"{self.name}: the learned scale is {float(scale)}; lower its learning rate")
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning rate")
         per_scale = x.numel() / max(1, scale.numel())
         if not self.is_weight and x.dim() > 0:
             per_scale /= max(1, x.shape[0])

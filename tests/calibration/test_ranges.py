@@ -158,6 +158,7 @@ def test_calibration_runs_in_eval_and_gives_the_mode_back(training: bool) -> Non
     assert torch.equal(model.a.input_quantizer.scale, other.a.input_quantizer.scale), "dropout or batch statistics got in"
 
 
+@pytest.mark.filterwarnings("ignore:1-bit activations that never change sign")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4", "w2a2", "w1a1", "w8a8_dynamic"])
 def test_without_observing_no_range_moves_in_train_or_eval(preset: str, training: bool) -> None:
@@ -211,9 +212,9 @@ def test_weight_scales_follow_the_weight_but_activation_scales_do_not() -> None:
     x = torch.randn(2, 4)
     y = model(x)
     with torch.no_grad():
-        model[0].weight *= 3.0
-        model[0].bias *= 3.0
-    torch.testing.assert_close(model(x), 3.0 * y)
+        model[0].weight *= 2.0
+        model[0].bias *= 2.0
+    assert torch.equal(model(x), 2.0 * y)
 
 
 # ------------------------------------------------------------------------------------------------ batch norm
@@ -239,12 +240,8 @@ def test_re_estimated_statistics_are_plain_averages() -> None:
     qat.reestimate_batch_norm(model, [x, x * 1.5])
     assert model.training
     assert model[1].momentum == 0.1
-    seen = []
+    seen: list[Tensor] = []
     model[0].register_forward_hook(lambda m, a, y: seen.append(y.detach().mean((0, 2, 3))))
-    with torch.no_grad():
-        model(x)
-        model(x * 1.5)
-    torch.testing.assert_close(zoo.prepared(zoo.build("conv"), "w8a8", [x])[1].running_mean.shape, model[1].running_mean.shape)
     qat.reestimate_batch_norm(model, [x, x * 1.5])
     torch.testing.assert_close(model[1].running_mean, (seen[0] + seen[1]) / 2, rtol=1e-4, atol=1e-5)
     state = {k: v.clone() for k, v in model.state_dict().items()}

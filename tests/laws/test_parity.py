@@ -16,6 +16,8 @@ from qat.modules.base import QuantizedModule
 from qat.numerics.formats import FORMATS
 from qat.recipe import PRESETS
 
+pytestmark = pytest.mark.filterwarnings("ignore:1-bit activations that never change sign")
+
 INTEGER = [n for n in PRESETS if n not in ("fp16", "bf16")]
 NO_ZERO = [("w1a1", m) for m in ("transposed", "1d", "3d")]
 """Transposed convolutions spread their input with zeros, which a 1-bit input does not have."""
