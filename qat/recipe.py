@@ -229,10 +229,13 @@ def _check_keys(where: str, data: Any, known: tuple[str, ...]) -> None:
 
 
 def _preset(weight: dict[str, Any] | None = None, activation: dict[str, Any] | None = None,
-            front: list[dict[str, Any]] | None = None, edges: str = "same", keep: str | None = None) -> dict[str, Any]:
+            front: list[dict[str, Any]] | None = None, edges: str = "same", keep: str | None = None,
+            optional: bool = False) -> dict[str, Any]:
     rule: dict[str, Any] = {"keep": keep} if keep else {"weight": weight}
     if activation:
         rule["input"] = activation
+    if optional:
+        rule["optional"] = True
     return {"edges": edges, "rules": [*(front or []), rule]}
 
 
@@ -268,7 +271,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fp16": _preset(keep="float16"),
     "bf16": _preset(keep="bfloat16"),
     "mixed_w8a8_w4a8": _preset(
-        _INT8, _INT8, front=[*_ROWS8, {"match": {"type": "Linear"}, "weight": _learned("int4"), "input": _INT8,
+        _INT8, _INT8, optional=True, front=[*_ROWS8, {"match": {"type": "Linear"}, "weight": _learned("int4"), "input": _INT8,
                                        "optional": True}], edges="int8"),
     "mixed_w8a8_bf16": _preset(
         _INT8, _INT8, front=[{"match": {"name": "*norm*"}, "keep": "bfloat16", "optional": True}]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from qat.modules.normalization import Absorbed, QuantizedBatchNorm, clamp_of
 from qat.modules.precision import NarrowFloat, keep_in
 from qat.numerics.formats import TensorSpec, get_format
 from qat.recipe import Recipe, Rule
-from qat.tracing import Call, Key, Trace, trace_by_running, trace_symbolically
+from qat.tracing import Call, Key, Trace, leaves, run, trace_by_running, trace_symbolically
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 OPAQUE: dict[type[nn.Module], str] = {
@@ -53,6 +54,11 @@ class Plan:
     batch_norms: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     backward_dtype: str = "auto"
+
+    @property
+    def structured(self) -> bool:
+        """Whether anything depends on who feeds whom."""
+        return bool(self.absorbed or self.movers or any(p.batch_norm or p.output for p in self.layers.values()))
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
@@ -124,8 +130,14 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
                                "nn.utils.parametrizations") from None
     trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
     plan = _Planner(model, recipe, trace).plan()
+    if example_inputs is not None and plan.structured and not _same_function(model, plan, example_inputs):
+        warnings.warn("this model reads values between layers in ways that tracing does not see, so no batch norm is "
+                      "folded, no ReLU absorbed and no codes are passed on", stacklevel=2)
+        plan = _Planner(model, recipe, None).plan()
     model = carry_out(model, plan)
-    functions = [c for c in trace.functions if not str(c.function).startswith("~")] if trace and trace.executed else None
+    functions = None
+    if trace is not None and trace.executed:
+        functions = [c for c in trace.functions if not str(c.function).startswith("~") and c.owner not in plan.layers]
     macs: dict[str, int] = {}
     for call in trace.calls if trace else ():
         if call.module is not None:
@@ -133,6 +145,47 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)
     return model
+
+
+def _same_function(model: nn.Module, plan: Plan, inputs: Any) -> bool:
+    """Whether folding, absorbing and chaining leave the function alone, in eval and in training.
+
+    A trial copy computes in floating point with everything folded, absorbed and passed on; it must agree with the
+    float model up to the order of roundings.
+    """
+    trial = carry_out(copy.deepcopy(model), copy.deepcopy(plan))
+    for module in quantized_modules(trial).values():
+        module.calibrating = module.checking = True
+    for training in (False, True):
+        results = []
+        for candidate in (model, trial):
+            saved = {k: v.clone() for k, v in candidate.state_dict().items() if isinstance(v, torch.Tensor)}
+            modes = {m: m.training for m in candidate.modules()}
+            candidate.train(training)
+            try:
+                with torch.no_grad(), torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    results.append([t for t in leaves(run(candidate, inputs)) if isinstance(t, torch.Tensor)])
+            except Exception:
+                if candidate is trial:
+                    return False
+                break  # the float model itself cannot run on these inputs in this mode: nothing to compare
+            finally:
+                candidate.load_state_dict(saved, strict=False)
+                for module, mode in modes.items():
+                    module.training = mode
+        if len(results) == 2 and not (len(results[0]) == len(results[1])
+                                      and all(_close(a, b) for a, b in zip(*results))):
+            return False
+    return True
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    size = float(a.abs().max()) if a.numel() else 0.0
+    return not a.numel() or float((a - b).abs().max()) <= 0.02 * max(size, 1e-6)
 
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -204,7 +257,7 @@ class _Planner:
         refused: dict[Rule, str] = {}
         opaque = {n: reason for n, m in self.modules.items() for kind, reason in OPAQUE.items() if isinstance(m, kind)}
         for name, module in self.modules.items():
-            kinds = tuple(c.__name__ for c in type(module).__mro__ if c not in (object, nn.Module))
+            kinds = self.kinds(name)
             rule = next((r for r in self.recipe.rules if any(r.matches(a, kinds) for a in self.aliases[name])), None)
             leaf = not any(True for _ in module.children()) and bool(module._parameters)
             quantized = _quantized_type(module)
@@ -239,11 +292,18 @@ class _Planner:
             used.add(rule)
             self.rules[name] = rule
             self.result.layers[name] = plan
+        taken = [n for n, rule in self.rules.items() if rule.optional]
         for rule in self.recipe.rules:
+            if any(rule.matches(a, self.kinds(n)) for n in taken for a in self.aliases[n]):
+                continue                # an optional rule in front, as presets have, was faster
             if rule not in used and not rule.optional:
                 because = f" ({refused[rule]})" if rule in refused else ""
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """The class names that a rule's ``type`` may name for a module."""
+        return tuple(c.__name__ for c in type(self.modules[name]).__mro__ if c not in (object, nn.Module))
 
     def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule,
                  opaque: str | None) -> str | None:
@@ -277,13 +337,16 @@ class _Planner:
         if self.trace is None:
             return names
         order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
-        return sorted(names, key=lambda n: order.get(n, math.inf))
+        return sorted((n for n in names if n in order), key=lambda n: order[n]) or names
 
     def treat_edges(self) -> None:
         products = self.products()
         if self.recipe.edges != "int8" or not products:
             return
-        for name in {products[0], products[-1]}:
+        weights = {n: getattr(self.modules[n], "weight", None) for n in self.result.layers}
+        edges = {products[0], products[-1]}
+        tied = {id(weights[e]) for e in edges}  # what shares a weight with an edge shares its codes
+        for name in [n for n in self.result.layers if n in edges or (weights[n] is not None and id(weights[n]) in tied)]:
             plan = self.result.layers[name]
             if self.rules[name].explicit:
                 continue
@@ -340,9 +403,9 @@ class _Planner:
                     owners.setdefault(id(parameter), []).append(name)
         for names in owners.values():
             planned = [n for n in names if n in self.result.layers]
-            if len(names) < 2 or not planned:
+            if not planned:
                 continue
-            floats = [n for n in names if n not in planned]
+            floats = [n for n in names if n not in planned] + self.function_readers(names[0])
             if floats:
                 for name in planned:
                     del self.result.layers[name]
@@ -361,6 +424,12 @@ class _Planner:
                         self.result.layers[name].reason = f"as {', '.join(n for n in planned if n != name)}, shared weight"
             for name in planned[1:]:
                 self.result.layers[name].tied_to = planned[0]
+
+    def function_readers(self, owner: str) -> list[str]:
+        """Function calls that read the weight of a module (``F.linear(h, self.embedding.weight)``)."""
+        return [f"a call of {c.function} in {c.owner or 'the model'}" for c in (self.trace.functions if self.trace else ())
+                if not str(c.function).startswith("~") and c.owner not in self.aliases[owner]
+                and any(f"{a}.weight" in c.parameters for a in self.aliases[owner])]
 
     # ------------------------------------------------------------------ what follows from who feeds whom
 
@@ -388,7 +457,9 @@ class _Planner:
             if producer is None or producer.module not in self.result.layers:
                 continue
             plan = self.result.layers[producer.module]
-            fits = plan.kind != "Linear" or calls[0].dims == 2
+            channels_first = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5, "ConvTranspose1d": 3,
+                              "ConvTranspose2d": 4, "ConvTranspose3d": 5}.get(plan.kind)
+            fits = calls[0].dims == channels_first or (calls[0].dims == 0 and plan.kind != "Linear")
             if (fits and plan.kind != "Embedding" and plan.weight is not None and plan.input is not None
                     and plan.weight.granularity != "per_group" and plan.tied_to is None
                     and len(self.calls(producer.module)) == 1 and self.readers(source) == [calls[0]]
@@ -546,6 +617,7 @@ def _check_active(model: nn.Module) -> None:
         if quantizer is not None and module.weight.numel():
             with torch.no_grad():
                 codes = quantizer.codes(module.weight_matrix())
+            quantizer.restart()  # weights may still change before the first step
             fmt = quantizer.spec.fmt
             if codes.is_floating_point() or int(codes.min()) < fmt.lo or int(codes.max()) > fmt.hi:
                 raise PrepareError(f"{name}: its weight quantizer returns values outside of {fmt}; it is not quantizing")
@@ -624,7 +696,7 @@ def coverage(model: nn.Module) -> Coverage:
             continue
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
         seen.update(id(p) for p in own.values())
-        if own:
+        if any(p is not None for p in module._parameters.values()):
             folded = getattr(module, "_producer", None)
             default = f"no quantized form of {type(module).__name__}"
             reason = f"folded into {folded[0].name} in eval" if folded else state.plan.kept.get(name, default)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qat.numerics.tensor import QuantizedTensor
 
@@ -113,27 +114,31 @@ class _Recorder(TorchFunctionMode):
         self.trace = trace
         self.stack: list[str] = [""]
         self.silent = 0
-        self.alive: list[Any] = []
+        self.numbers = WeakIdKeyDictionary()
+        self.count = 0
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
 
     def keys(self, values: Any) -> list[Key]:
+        """A number for each tensor (kept without keeping the tensor alive), and its version."""
         found = []
-        for t in leaves(values):
-            if isinstance(t, QuantizedTensor):
-                t = t.codes
-            if isinstance(t, Tensor):
-                self.alive.append(t)
-                found.append((id(t), t._version if not t.is_inference() else 0))
+        with torch._C.DisableTorchFunction():
+            for t in leaves(values):
+                t = t.codes if isinstance(t, QuantizedTensor) else t
+                if isinstance(t, Tensor):
+                    if t not in self.numbers:
+                        self.count += 1
+                        self.numbers[t] = self.count
+                    found.append((self.numbers[t], 0 if t.is_inference() else t._version))
         return found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if self.silent or getattr(func, "__name__", "") == "__get__":
+        if self.silent:
             return func(*args, **kwargs)
         inputs = self.keys((args, kwargs))
         result = func(*args, **kwargs)
         outputs = self.keys(result)
-        if not outputs or func in _SHAPES:
+        if func in _SHAPES or (not outputs and getattr(func, "__name__", "") in ("__get__", "__set__")):
             return result
         name = PRODUCTS.get(func)
         used = [self.names[id(t)] for t in pytree.tree_leaves((args, kwargs)) if id(t) in self.names]
@@ -144,7 +149,9 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-_SHAPES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+_SHAPES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.stride,
+           Tensor.is_contiguous, Tensor.nelement, Tensor.ndimension, Tensor.is_complex, Tensor.is_inference,
+           Tensor.element_size, Tensor.storage_offset, Tensor.get_device, Tensor.type}
 
 
 @contextmanager
@@ -178,7 +185,7 @@ def tracing(model: nn.Module, trace: Trace) -> Iterator[Trace]:
         if getattr(module, "is_quantizer", False):
             continue
         leaf = is_leaf(module)
-        quiet = leaf and (type(module).__module__.startswith("torch.") or _is_quantized(module))
+        quiet = leaf and (type(module).__module__.startswith(("torch.", "qat.")) or _is_quantized(module))
         handles.append(module.register_forward_pre_hook(enter(name, leaf, quiet), with_kwargs=True))
         handles.append(module.register_forward_hook(leave(name, leaf, quiet), with_kwargs=True))
     try:

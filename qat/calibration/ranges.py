@@ -75,7 +75,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
             q.observing = observing
     for module in modules.values():
         q = module.weight_quantizer
-        if isinstance(q, StaticQuantizer) and not q.calibrated:
+        if isinstance(q, StaticQuantizer) and module.plan.tied_to is None:
+            q.restart()
             with torch.no_grad():
                 q.quantize(module.weight_matrix())
     _warn(quantizers)

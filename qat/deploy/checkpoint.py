@@ -141,6 +141,7 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         if owner in values:
             values[name] = values[owner]
     _assign(model, values, folder)
+    _tie(model, manifest["aliases"])
     share_codes(modules)
     for name, module in modules.items():
         _check_codes(name, module)
@@ -231,6 +232,15 @@ def _assign(model: nn.Module, values: dict[str, Tensor], folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}, this architecture needs "
                                   f"{tuple(own[name].shape)}")
     model.load_state_dict(values, strict=True, assign=True)
+
+
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Parameters that were shared are shared again: assigning them by name has made two of one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, owner in aliases.items():
+        (where, _, key), (other, _, own) = name.rpartition("."), owner.rpartition(".")
+        if where in modules and other in modules and modules[where]._parameters.get(key) is not None:
+            modules[where]._parameters[key] = modules[other]._parameters.get(own, modules[where]._parameters[key])
 
 
 def _check_codes(name: str, module: QuantizedModule) -> None:

@@ -186,6 +186,7 @@ class OneDNN(Backend):
         A power of two makes oneDNN's multiplication by the reciprocal the division of the one rounding.
         """
         values, x_zero_point = x.shifted()
+        plain = values.is_contiguous()
         memory_format = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}[geometry.dims]
         values = values.contiguous(memory_format=memory_format)
         out = w.levels.shape[0]
@@ -193,9 +194,10 @@ class OneDNN(Backend):
         packed = w.cached(("onednn", geometry, x_zero_point, values.shape), lambda: torch.ops.onednn.qconv_prepack(
             w.levels.contiguous(), _ones(w, out), 1.0, x_zero_point, stride, padding, dilation, geometry.groups,
             list(values.shape)))
-        return torch.ops.onednn.qconv_pointwise(
+        y = torch.ops.onednn.qconv_pointwise(
             values, 1.0, x_zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int32), bias,
             stride, padding, dilation, geometry.groups, scale, zero_point, dtype, "none", [], "")
+        return y.contiguous() if plain else y
 
 
 def _ones(w: Weight, out: int) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qat.kernels import table
 from qat.kernels.contract import Activation, Geometry, Weight
@@ -101,6 +102,7 @@ class _Quantize(torch.autograd.Function):
         return _ghost(x), codes
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, _):  # type: ignore[no-untyped-def, override]
         outside, x, scale, codes, offset = ctx.saved_tensors
         g_scale = g_offset = None
@@ -217,7 +219,8 @@ class Product:
             return table.convolution(x, kernel, self.geometry, multiplier, bias)
         shape = x.values.shape
         flat = Activation(x.values.reshape(-1, shape[-1]), _flat(x.zero_point), x.bound)
-        return table.linear(flat, kernel, multiplier, bias).reshape(*shape[:-1], kernel.levels.shape[0])
+        y = table.linear(flat, kernel, multiplier, bias)  # not a view: a caller may change the output in place
+        return torch.ops.aten._unsafe_view(y, (*shape[:-1], kernel.levels.shape[0]))
 
     def _grouped(self, kernel: Weight, scale_x: Tensor, multiplier_w: Tensor, bias: Tensor | None) -> Tensor:
         """Integer partial sums for each group of inputs, added up in float32 in the order of the groups."""
@@ -265,6 +268,7 @@ class _Product(torch.autograd.Function):
         return call.forward(bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):  # type: ignore[no-untyped-def, override]
         call, needs, (x, w) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         call = replace(call, x=replace(call.x, codes=x), w=replace(call.w, codes=w))
@@ -323,9 +327,20 @@ def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool)
     levels = call.x.levels(dtype)
     if scale.dim():
         levels = levels * scale.to(dtype)
-    g_x, g_w, _ = torch.ops.aten.convolution_backward(
-        g.to(dtype), levels, _weight_values(call, dtype), None, list(geometry.stride), list(geometry.padding),
-        list(geometry.dilation), False, [0] * geometry.dims, geometry.groups, [need_x, need_w, False])
+    weight, g_low = _weight_values(call, dtype), g.to(dtype)
+
+    def backward(x: Tensor, stride: tuple[int, ...], mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(
+            g_low, x, weight, None, list(stride), list(geometry.padding), list(geometry.dilation), False,
+            [0] * geometry.dims, geometry.groups, mask)
+
+    if any(s > 1 for s in geometry.stride) and weight[0, 0].numel() == 1 and not any(geometry.padding):
+        # torch 2.13 on CPUs corrupts memory in the weight gradient of strided convolutions with one tap
+        seen = levels[(..., *(slice(None, None, s) for s in geometry.stride))]
+        g_x = backward(levels, geometry.stride, [True, False, False])[0] if need_x else None
+        g_w = backward(seen, (1,) * geometry.dims, [False, True, False])[1] if need_w else None
+    else:
+        g_x, g_w, _ = backward(levels, geometry.stride, [need_x, need_w, False])
     if need_w:
         g_w = _times_gain(g_w.float() if scale.dim() else g_w.float().mul_(scale), call)
     return (g_x.to(call.x.dtype) if need_x else None), (g_w if need_w else None)
@@ -343,6 +358,7 @@ class _Rearranged(torch.autograd.Function):
         return _ghost(carrier, shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):  # type: ignore[no-untyped-def, override]
         return ctx.back(g), None, None
 

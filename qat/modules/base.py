@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -76,18 +77,25 @@ class LayerPlan:
 
 def adopt(mixin: type, module: nn.Module) -> Any:
     """``module`` as an instance of ``mixin`` too: its class changes, everything else (hooks, parameters, mode) stays."""
-    kind = type(module)
-    if not issubclass(kind, mixin):
-        key = (mixin, kind)
-        if key not in _adopted:
-            bases = (mixin,) if issubclass(mixin, kind) else (mixin, kind)
-            name = mixin.__name__ if kind.__module__.startswith("torch.") else f"Quantized{kind.__name__}"
-            _adopted[key] = type(name, bases, {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
-        module.__class__ = _adopted[key]
+    if not isinstance(module, mixin):
+        module.__class__ = _adopted_type(mixin, type(module))
     return module
 
 
-_adopted: dict[tuple[type, type], type] = {}
+@cache
+def _adopted_type(mixin: type, kind: type) -> type:
+    if issubclass(mixin, kind):
+        return mixin
+    name = mixin.__name__ if kind.__module__.startswith("torch.") else f"Quantized{kind.__name__}"
+    return type(name, (mixin, kind), {"__module__": mixin.__module__, "__doc__": mixin.__doc__,
+                                      "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind),
+                                                                               self.__getstate__())})
+
+
+def _rebuilt(mixin: type, kind: type) -> Any:
+    """An empty instance of an adopted type: how pickle, which cannot find the type by name, begins."""
+    made = _adopted_type(mixin, kind)
+    return made.__new__(made)
 
 
 class QuantizedModule(nn.Module):
@@ -97,6 +105,7 @@ class QuantizedModule(nn.Module):
         plan: what ``prepare`` decided.
         weight_quantizer, input_quantizer, output_quantizer: quantizers, or None.
         calibrating: compute in floating point and only observe.
+        checking: while calibrating, fold batch norms all the same (``prepare`` checks that this changes nothing).
         backward_dtype: ``auto`` (bfloat16 under autocast and for bfloat16 models, else float32), or a dtype's name.
     """
 
@@ -118,7 +127,7 @@ class QuantizedModule(nn.Module):
         adopted: QuantizedModule = adopt(cls, module)
         adopted.plan = plan
         adopted.name = name
-        adopted.calibrating = False
+        adopted.calibrating = adopted.checking = False
         adopted.backward_dtype = "auto"
         adopted._batch_norm = []
         adopted.float_dtype = next((p.dtype for p in adopted._parameters.values() if p is not None), torch.float32)
@@ -195,7 +204,8 @@ class QuantizedModule(nn.Module):
 
     def folds(self) -> bool:
         """Whether the batch norm behind is folded now: both are in eval, and nothing is being observed."""
-        return bool(self._batch_norm) and not (self.training or self.calibrating or self._batch_norm[0].training)
+        return bool(self._batch_norm) and not (self.training or self._batch_norm[0].training
+                                               or (self.calibrating and not self.checking))
 
     def freeze(self) -> None:
         """Replace the float weight by packed codes, and the quantizers by frozen ones. ``forward`` does not change.
@@ -246,6 +256,8 @@ class QuantizedModule(nn.Module):
         for key in ("weight", "weight_g", "weight_v", "weight_orig"):
             self._parameters.pop(key, None)
             self.__dict__.pop(key, None)
+        for key in ("weight_u", "weight_v"):
+            self._buffers.pop(key, None)
 
     def skeleton(self) -> None:
         """Replace the float weight of a freshly built module by empty packed codes, to load a checkpoint into."""
@@ -336,6 +348,8 @@ class QuantizedModule(nn.Module):
 
     def finish(self, y: Tensor) -> Tensor | QuantizedTensor:
         """The output: as it is, or quantized where an output spec asks for it and no batch norm comes in between."""
+        if self.calibrating and self.folds():
+            y = self._batch_norm[0].normalize(y)
         if self.output_quantizer is None or (self._batch_norm and not self.folds()):
             return y
         return self.quantize_output(y)

@@ -48,14 +48,18 @@ class QuantizedBatchNorm(nn.Module):
         offset = -mean * gain
         return gain, offset if self.bias is None else self.bias.float() + offset
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """The float batch norm."""
+        return super().forward(x)
+
     def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
         x = input
         if not self._producer:
-            return super().forward(x)
+            return self.normalize(x)
         producer = self._producer[0]
         if producer.folds():
             return x
-        y = super().forward(x)
+        y = self.normalize(x)
         return y if producer.output_quantizer is None else producer.quantize_output(y)
 
 

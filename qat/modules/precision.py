@@ -28,14 +28,13 @@ class NarrowFloat(nn.Module):
         args = tuple(_cast(a, self.narrow) for a in args)
         kwargs = {k: _cast(v, self.narrow) for k, v in kwargs.items()}
         device = next((p.device.type for p in self.parameters()), "cpu")
-        master = self._parameters
-        if not self.frozen_narrow:
-            self._parameters = {k: _cast(p, self.narrow) for k, p in master.items()}
-        try:
-            with torch.autocast(device, enabled=False):
-                result = super().forward(*args, **kwargs)
-        finally:
-            self._parameters = master
+        caster = self
+        if not self.frozen_narrow:  # a shallow double, so that threads do not see each other's casts
+            caster = object.__new__(type(self))
+            caster.__dict__.update(self.__dict__)
+            caster.__dict__["_parameters"] = {k: _cast(p, self.narrow) for k, p in self._parameters.items()}
+        with torch.autocast(device, enabled=False):
+            result = super(NarrowFloat, caster).forward(*args, **kwargs)
         return _cast(result, came[0] if came else self.float_dtype)
 
     def freeze(self) -> None:

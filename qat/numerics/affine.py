@@ -106,9 +106,9 @@ def choose_qparams(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor,
 def round_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
     """``scale`` as the spec stores it: positive, finite, rounded to ``scale_dtype`` or up to a power of two; float32.
 
-    Zero (a dead channel, a constant input) becomes 1.
+    Zero (a dead channel, a constant input) becomes 1; NaN stays NaN, so that a diverged weight shows in the loss.
     """
-    scale = torch.where(scale > 0, scale.float().clamp(TINY, torch.finfo(torch.float32).max), 1.0)
+    scale = torch.where(scale == 0, 1.0, scale.float().clamp(TINY, torch.finfo(torch.float32).max))
     if spec.power_of_two:
         mantissa, exponent = torch.frexp(scale)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
@@ -231,7 +231,7 @@ def levels(codes: Tensor, zero_point: Tensor | int | None, spec: TensorSpec,
             values = values.sub_(aligned(zero_point, values, spec))
         elif zero_point:
             values = values.sub_(zero_point)
-        return values.reshape(codes.shape)
+        return values if values.shape == codes.shape else values.reshape(codes.shape)
     if zero_point is None or (isinstance(zero_point, int) and zero_point == 0):
         return fmt.levels(codes)
     wide = blocks(codes, spec).to(torch.int16)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -59,5 +60,6 @@ class _Dequantize(torch.autograd.Function):
         return affine.dequantize(tensor.codes, tensor.scale, tensor.zero_point, tensor.spec).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
         return gradient.clone(), None, None  # what reaches a carrier may be changed in place

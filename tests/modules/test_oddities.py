@@ -133,7 +133,7 @@ def normed(kind: str) -> nn.Module:
     wrap: Any = {"weight_norm": nn.utils.parametrizations.weight_norm, "spectral_norm": nn.utils.parametrizations.spectral_norm,
                  "orthogonal": nn.utils.parametrizations.orthogonal, "old weight_norm": nn.utils.weight_norm,
                  "old spectral_norm": nn.utils.spectral_norm}[kind]
-    return nn.Sequential(wrap(conv), nn.BatchNorm2d(4), nn.ReLU(), wrap(nn.Conv2d(4, 2, 1)))
+    return nn.Sequential(wrap(conv), nn.BatchNorm2d(4), nn.ReLU(), wrap(nn.Conv2d(4, 2, 3)))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
@@ -149,14 +149,18 @@ def test_reparametrized_weights(kind: str, preset: str, inplace: bool) -> None:
     assert names <= set(before.state_dict())
     assert qat.coverage(before).total_params == count
     qat.calibrate(before, [x]).train()
-    before(x).square().sum().backward()
+    y = before(x)
+    (y * torch.randn(y.shape)).sum().backward()
     for name, parameter in before.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.any()), name
+    model.train()(x)                    # old spectral norm makes a power iteration at each training step: both make it
     before.eval()
+    with torch.no_grad():
+        expected = model.eval()(x) if not inplace else expected
     after, _ = qat.convert(before, [x])
     assert torch.equal(before(x), after(x))
-    if preset != "w4a4":
+    if preset != "w4a4" and not inplace:
         assert float((after(x) - expected).abs().max()) < 0.2 * float(expected.abs().max())
     assert not [n for n in after.state_dict() if "parametrizations" in n or n.endswith(("_g", "_v", "_orig"))]
 

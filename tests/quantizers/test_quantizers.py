@@ -136,10 +136,9 @@ def test_percentile_keeps_what_it_says() -> None:
 
 def test_mse_weights_beat_minmax_on_every_row() -> None:
     weight = torch.randn(6, 40)
-    weight[:, 0] = 9.0
     errors = []
     for observer in ("minmax", "mse"):
-        quantizer = make_quantizer(TensorSpec("int4", observer=observer), weight.shape)
+        quantizer = make_quantizer(TensorSpec("int2", observer=observer), weight.shape)
         errors.append((quantizer(weight) - weight).square().sum(1))
     assert bool((errors[1] <= errors[0]).all())
     assert bool((errors[1] < 0.9 * errors[0]).any())
