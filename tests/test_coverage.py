@@ -46,7 +46,8 @@ def test_every_parameter_is_counted_once(model: str, preset: str) -> None:
 
 def test_calls_of_functions_are_listed_with_their_parameters() -> None:
     x = torch.randn(2, 4)
-    for model in (qat.prepare(Functions(), "w8a8", example_inputs=x), qat.calibrate(qat.prepare(Functions(), "w8a8"), [x])):
+    for model in (qat.prepare(Functions(), "w8a8", example_inputs=x),
+                  qat.calibrate(qat.prepare(Functions(), "w8a8"), [x])):
         table = qat.coverage(model)
         assert not table.unobserved
         calls = {r.name.split(": ")[1]: r for r in table.rows if r.kind == "function"}
@@ -66,8 +67,10 @@ def test_until_the_model_runs_functions_are_unobserved() -> None:
 
 
 def test_macs() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.ConvTranspose2d(6, 2, 2, stride=2), nn.Flatten(1, 2), nn.Linear(8, 5))
-    rows = {r.name: r.macs for r in qat.coverage(qat.prepare(model, "w8a8", example_inputs=torch.randn(2, 3, 4, 4))).rows}
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.ConvTranspose2d(6, 2, 2, stride=2),
+                          nn.Flatten(1, 2), nn.Linear(8, 5))
+    rows = {r.name: r.macs for r in qat.coverage(qat.prepare(model, "w8a8",
+            example_inputs=torch.randn(2, 3, 4, 4))).rows}
     assert rows["0"] == 2 * 6 * 16 * 9
     assert rows["1"] == 2 * 6 * 16 * 2 * 4
     assert rows["3"] == 2 * 16 * 8 * 5

@@ -16,16 +16,20 @@ from qat.errors import RecipeError
 from qat.recipe import PRESETS
 
 REFUSED: list[tuple[Any, str]] = [
-    ({"ruels": []}, "'rules'"), ({"rules": [], "edges": "int4"}, "int8, same"), ({"rules": [], "backward_dtype": "fp32"}, "float32"),
+    ({"ruels": []}, "'rules'"), ({"rules": [], "edges": "int4"}, "int8, same"),
+    ({"rules": [], "backward_dtype": "fp32"}, "float32"),
     ({"rules": [{"match": {"name": "x"}}]}, "needs a weight"), ({"rules": [{"weight": "int9"}]}, "'int8'"),
     ({"rules": [{"weigth": "int8"}]}, "'weight'"), ({"rules": [{"match": {"nmae": "x"}, "weight": "int8"}]}, "'name'"),
-    ({"rules": [{"weight": {"format": "int8", "granularity": "per_token", "dynamic": True}}]}, "weights have no tokens"),
+    ({"rules": [{"weight": {"format": "int8", "granularity": "per_token", "dynamic": True}}]},
+     "weights have no tokens"),
     ({"rules": [{"weight": {"format": "int0"}}]}, "int0"), ({"rules": [{"weight": "uint8"}]}, "negative"),
     ({"rules": [{"input": {"format": "int8", "granularity": "per_channel"}}]}, "integer sum"),
     ({"rules": [{"keep": "float31"}]}, "float32"), ({"rules": [{"keep": "float32", "weight": "int8"}]}, "no place"),
-    ({"preset": "w8a9"}, "'w8a8'"), ({"preset": "w8a8", "wieght": {}}, "'weight'"), ({"preset": "fp16", "weight": {}}, "no weight"),
+    ({"preset": "w8a9"}, "'w8a8'"), ({"preset": "w8a8", "wieght": {}}, "'weight'"),
+    ({"preset": "fp16", "weight": {}}, "no weight"),
     ({"preset": "w8a16", "input": {"format": "int8"}}, "no input"), ({"rules": [], "calibration": ["gtpq"]}, "gtpq"),
-    ([], "mapping"), (None, "mapping"), (5, "mapping"), ("w8a8", "mapping"), ({"rules": 5}, "list"), ({"rules": {}, "edges": ["int8"]}, "edges"),
+    ([], "mapping"), (None, "mapping"), (5, "mapping"), ("w8a8", "mapping"), ({"rules": 5}, "list"),
+    ({"rules": {}, "edges": ["int8"]}, "edges"),
     ({"rules": [5]}, "mapping"), ({"rules": [{"match": 5, "weight": "int8"}]}, "mapping"),
     ({"rules": [{"weight": 5}]}, "mapping"), ({"rules": [{"weight": {"format": ["int8"]}}]}, "format"),
     ({"rules": [{"keep": ["float32"]}]}, "keep"), ({"preset": "w8a8", "weight": 5}, "weight"),
@@ -52,13 +56,15 @@ def test_presets_survive_the_way_to_a_file_and_back(name: str, tmp_path: Path) -
 
 
 def test_the_presets_of_the_design_exist() -> None:
-    assert set(PRESETS) >= {"w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8", "w4a4", "w3a8", "w2a8", "w2a2", "w158a8", "w1a8",
+    assert set(PRESETS) >= {"w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8", "w4a4", "w3a8", "w2a8", "w2a2", "w158a8",
+                            "w1a8",
                             "w1a1", "w3a16", "w2a16", "w1a16", "fp16", "bf16"}
     assert all(qat.Recipe.preset(n).edges == "int8" for n in PRESETS if n[1] in "1234" and n[0] == "w")
 
 
 def test_presets_take_overrides() -> None:
-    recipe = qat.Recipe.preset("w4a16", weight={"group_size": 32}, edges="same", rules=[{"match": {"name": "head"}, "keep": "float32"}])
+    recipe = qat.Recipe.preset("w4a16", weight={"group_size": 32}, edges="same",
+                               rules=[{"match": {"name": "head"}, "keep": "float32"}])
     assert recipe.rules[0].keep == "float32"
     assert recipe.rules[-1].weight is not None
     assert recipe.rules[-1].weight.group_size == 32
@@ -66,7 +72,8 @@ def test_presets_take_overrides() -> None:
     assert qat.Recipe.preset("w4a16").edges == "int8", "the preset itself was changed"
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"rules: [", "not YAML"), (b"\xff\xfe\x00", "not YAML"), (b"", "mapping"),
+@pytest.mark.parametrize(("content", "says"),
+                         [(b"rules: [", "not YAML"), (b"\xff\xfe\x00", "not YAML"), (b"", "mapping"),
                                                (b"- 1", "mapping"), (b"rulse: []", "'rules'")])
 def test_files_are_named_in_errors(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "mine.yaml"
@@ -95,7 +102,8 @@ def status(recipe: dict[str, Any], model: nn.Module | None = None) -> dict[str, 
 
 
 def test_the_first_rule_that_matches_wins() -> None:
-    rules = [{"match": {"name": "0"}, "weight": "int4"}, {"match": {"type": "Linear"}, "weight": "int8", "optional": True},
+    rules = [{"match": {"name": "0"}, "weight": "int4"}, {"match": {"type": "Linear"}, "weight": "int8",
+                                                          "optional": True},
              {"weight": "int3"}]
     result = status({"rules": rules})
     assert result["0"].startswith("int4")

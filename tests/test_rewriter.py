@@ -42,7 +42,7 @@ def test_groups_that_do_not_divide_are_all_named() -> None:
 
 def test_groups_on_integer_convolutions_are_refused() -> None:
     weight = {"format": "int4", "granularity": "per_group", "group_size": 3}
-    with pytest.raises(PrepareError, match="0: per_group.*per_channel"):
+    with pytest.raises(PrepareError, match=r"0: per_group.*per_channel"):
         qat.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)), zoo.every_layer(weight, "int8"))
     zoo.assert_parity(nn.Sequential(nn.Conv2d(3, 4, 3)), zoo.every_layer(weight, None), torch.randn(2, 3, 5, 5))
 
@@ -86,14 +86,16 @@ def test_a_module_under_two_names_is_one_module() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.b(torch.tanh(self.a(x)))
 
-    before, after = zoo.assert_parity(Twice(), zoo.every_layer("int8", {"format": "int8", "observer": "minmax"}), torch.randn(5, 4))
+    before, after = zoo.assert_parity(Twice(), zoo.every_layer("int8", {"format": "int8", "observer": "minmax"}),
+                                      torch.randn(5, 4))
     assert before.a is before.b
     assert after.a is after.b
     with_rule = qat.prepare(Twice(), {"rules": [{"match": {"name": "b"}, "weight": "int8"}]})
     assert isinstance(with_rule.a, QuantizedModule)
 
 
-@pytest.mark.parametrize(("dtype", "training"), list(itertools.product([torch.float32, torch.float16, torch.bfloat16], [True, False])))
+@pytest.mark.parametrize(("dtype", "training"),
+                         list(itertools.product([torch.float32, torch.float16, torch.bfloat16], [True, False])))
 @pytest.mark.parametrize("model", zoo.ZOO)
 def test_dtype_device_mode_and_gradients_are_kept(model: str, dtype: torch.dtype, training: bool) -> None:
     float_model = zoo.build(model, dtype).train(training)

@@ -48,7 +48,8 @@ def transposed_net() -> nn.Module:
 
 def net_1d() -> nn.Module:
     return batch_norms_of_any_sign(nn.Sequential(
-        nn.Conv1d(3, 4, 3, dilation=2, padding="same"), nn.BatchNorm1d(4), nn.ReLU(), nn.ConvTranspose1d(4, 3, 3, stride=2),
+        nn.Conv1d(3, 4, 3, dilation=2, padding="same"), nn.BatchNorm1d(4), nn.ReLU(),
+        nn.ConvTranspose1d(4, 3, 3, stride=2),
         nn.Conv1d(3, 2, 3, padding=1, padding_mode="reflect")))
 
 

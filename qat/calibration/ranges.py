@@ -139,9 +139,7 @@ def freeze_ranges(model: nn.Module) -> None:
     for q in activation_quantizers(model):
         q.observing = False
         if isinstance(q, StaticQuantizer):
-            if not q.calibrated:
-                q.settle()
-            q.frozen = True
+            q.freeze_range()
 
 
 def freeze_batch_norm(model: nn.Module, on: bool = True) -> None:

@@ -78,6 +78,11 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     if state.functions is None:
         raise ConvertError("it is not known which matrix products this model calls as functions: give "
                            "qat.prepare(model, recipe, example_inputs=...), or run qat.calibrate(model, batches)")
+    broken = [n for n, t in (*model.named_parameters(), *model.named_buffers())
+              if t.is_floating_point() and _is_state(n) and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise ConvertError(f"NaN or infinity in {', '.join(broken[:8])}: training has diverged; go back to an earlier "
+                           "checkpoint")
     batches = list(batches)
     if not batches:
         raise ConvertError("the certificate needs at least one batch: convert(model, batches)")
@@ -86,6 +91,11 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     certificate = certify(prepared, deployed, batches)
     deployed.__dict__["_qat_certificate"] = certificate.to_dict()
     return deployed, certificate
+
+
+def _is_state(name: str) -> bool:
+    """Whether a tensor is the model's own: quantizers start out with NaN for "not known yet"."""
+    return not any(part.endswith("_quantizer") for part in name.split("."))
 
 
 def _ready(quantizer: Quantizer) -> bool:
@@ -166,8 +176,11 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
     """
     certificate = Certificate()
     frozen = quantized_modules(deployed)
+    watching = [(q, q.observing) for q in prepared.modules() if isinstance(q, Quantizer)]
+    for q, _ in watching:
+        q.observing = False  # ranges stand still while they are compared
     taps = _Tap(prepared), _Tap(deployed)
-    agree = asked = 0
+    agree = asked = compared = 0
     with evaluating(prepared), evaluating(deployed), torch.no_grad():
         for name, module in quantized_modules(prepared).items():
             record = certificate.layers.setdefault(name, {})
@@ -177,12 +190,18 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         try:
             for batch in batches:
                 expected, actual = run(prepared, batch), run(deployed, batch)
-                for (name, old), new in zip(taps[0].take().items(), taps[1].take().values(), strict=True):
-                    record = certificate.layers[name]
+                theirs, ours = taps[0].take(), taps[1].take()
+                if {n: len(c) for n, c in theirs.items()} != {n: len(c) for n, c in ours.items()}:
+                    raise ParityError("the deployed model calls its layers in another way than the prepared one: "
+                                      f"{ {n: len(c) for n, c in theirs.items()} } against "
+                                      f"{ {n: len(c) for n, c in ours.items()} }")
+                for name, old in theirs.items():
+                    record, new = certificate.layers[name], ours[name]
                     record["input_codes"] = max(record.get("input_codes", 0),
                                                 *(_difference(a, b) for a, b in zip(old, new, strict=True)))
                 a, b = _tensors(expected), _tensors(actual)
                 certificate.batches += 1
+                compared += sum(t.numel() for t in a)
                 certificate.samples += a[0].shape[0] if a and a[0].dim() else 1
                 for one, other in zip(a, b, strict=True):
                     if not torch.equal(one, other) and not _same_with_nan(one, other):
@@ -195,6 +214,11 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         finally:
             for tap in taps:
                 tap.close()
+            for q, observing in watching:
+                q.observing = observing
+    if not compared:
+        raise ConvertError("the certificate compared nothing: give batches with samples, and a model that returns "
+                           "tensors")
     if asked:
         certificate.prediction_agreement = agree / asked
     wrong = [n for n, record in certificate.layers.items() if max(record.values(), default=0) > 0]
@@ -211,7 +235,8 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _same_with_nan(a: Tensor, b: Tensor) -> bool:
-    return a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    nan = a.isnan() & b.isnan() if a.shape == b.shape and a.is_floating_point() else torch.zeros((), dtype=torch.bool)
+    return bool(nan.any()) and torch.equal(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
 
 
 def _difference(a: Tensor, b: Tensor) -> int:

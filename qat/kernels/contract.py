@@ -11,8 +11,10 @@ and the same for convolutions, whose padding has level 0. Every backend returns 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -59,17 +61,29 @@ class Activation:
         return self.values.view(torch.uint8) ^ 128, zero_point + 128
 
 
-@dataclass
+_handles = itertools.count()
+LASTING: WeakValueDictionary[int, Weight] = WeakValueDictionary()
+"""Weights that last, by handle: compiled graphs can carry an int, but not a weight with its packed copies."""
+
+
+@dataclass(eq=False)
 class Weight:
     """The right operand: levels (out, in) or (out, in // groups, *kernel), int8 (int16 for affine 8-bit weights).
 
-    ``lasting`` says that the levels will be used again, so that packing them pays. ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
+    ``lasting`` says that the levels will be used again, so that packing them pays; such a weight is
+    found again by its ``handle`` from compiled code. ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
     """
 
     levels: Tensor
     bound: int
     lasting: bool = False
     cache: dict[Any, Any] = field(default_factory=dict)
+    handle: int = -1
+
+    def __post_init__(self) -> None:
+        if self.lasting:
+            self.handle = next(_handles)
+            LASTING[self.handle] = self
 
     @classmethod
     def of(cls, w: QuantizedTensor, lasting: bool = False) -> Weight:

@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qat.errors import UnsupportedError, nearest
 from qat.kernels.backends import FLOAT, INT_MM, ONEDNN, REFERENCE, Backend
-from qat.kernels.contract import Activation, Geometry, Weight
+from qat.kernels.contract import LASTING, Activation, Geometry, Weight
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (REFERENCE, ONEDNN, INT_MM, FLOAT)}
 
@@ -87,12 +88,71 @@ def choose(op: str, x: Activation, w: Weight, geometry: Geometry | None = None) 
 
 def linear(x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     """``float32(acc) * multiplier + bias`` for ``x.values`` (rows, in) and ``w.levels`` (out, in)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.qat.linear(*_as_tensors(x, w), multiplier, bias)
     return choose("linear", x, w).linear(x, w, multiplier, bias)
 
 
 def convolution(x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     """``float32(acc) * multiplier + bias`` for ``x.values`` (batch, in, *spatial)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.qat.convolution(*_as_tensors(x, w), geometry.stride, geometry.padding, geometry.dilation,
+                                         geometry.groups, multiplier, bias)
     return choose("convolution", x, w, geometry).convolution(x, w, geometry, multiplier, bias)
+
+
+# ------------------------------------------------------------------------------ one opaque operator for compilers
+
+
+def _as_tensors(x: Activation, w: Weight) -> tuple[Tensor, Tensor | None, int, int, Tensor, int, int]:
+    """The operands as arguments that a compiled graph can carry."""
+    offsets = x.zero_point if isinstance(x.zero_point, Tensor) else None
+    return (x.values, offsets, 0 if offsets is not None else int(x.zero_point or 0), x.bound, w.levels, w.bound,
+            w.handle)
+
+
+def _as_operands(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int, levels: Tensor, level_bound: int,
+                 handle: int) -> tuple[Activation, Weight]:
+    x = Activation(values, offsets if offsets is not None else (zero_point or None), bound)
+    return x, LASTING.get(handle) or Weight(levels, level_bound)
+
+
+@torch.library.custom_op("qat::linear", mutates_args=())
+def _linear(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int, levels: Tensor, level_bound: int,
+            handle: int, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+    x, w = _as_operands(values, offsets, zero_point, bound, levels, level_bound, handle)
+    return choose("linear", x, w).linear(x, w, multiplier, bias)
+
+
+@_linear.register_fake
+def _(values, offsets, zero_point, bound, levels, level_bound, handle, multiplier, bias):  # type: ignore[no-untyped-def]
+    return values.new_empty((values.shape[0], levels.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("qat::convolution", mutates_args=())
+def _convolution(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int, levels: Tensor, level_bound: int,
+                 handle: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+                 multiplier: Tensor, bias: Tensor | None) -> Tensor:
+    x, w = _as_operands(values, offsets, zero_point, bound, levels, level_bound, handle)
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    y = choose("convolution", x, w, geometry).convolution(x, w, geometry, multiplier, bias)
+    return y.contiguous(memory_format=_memory_format(values))
+
+
+@_convolution.register_fake
+def _(values, offsets, zero_point, bound, levels, level_bound, handle, stride, padding, dilation, groups, multiplier,
+      bias):  # type: ignore[no-untyped-def]
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    size = (values.shape[0], levels.shape[0], *geometry.output_size(values.shape, levels.shape))
+    return values.new_empty(size, dtype=torch.float32).contiguous(memory_format=_memory_format(values))
+
+
+def _memory_format(values: Tensor) -> torch.memory_format:
+    """channels_last for activations that are, else contiguous."""
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if values.dim() == dims and values.is_contiguous(memory_format=memory_format) and not values.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
 
 
 def describe() -> str:

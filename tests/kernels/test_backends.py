@@ -147,7 +147,8 @@ def test_wide_convolutions_are_exact_too() -> None:
         if backend.supports_convolution(x, w, geometry):
             assert torch.equal(backend.convolution_accumulators(x, w, geometry).to(torch.int64), expected)
             y = backend.convolution(x, w, geometry, torch.tensor([0.1, -7.0]), torch.tensor([0.3, 0.0]))
-            assert torch.equal(y, expected.float() * torch.tensor([[[0.1]], [[-7.0]]]) + torch.tensor([[[0.3]], [[0.0]]]))
+            assert torch.equal(y,
+                               expected.float() * torch.tensor([[[0.1]], [[-7.0]]]) + torch.tensor([[[0.3]], [[0.0]]]))
 
 
 @pytest.mark.parametrize("backend", [b for b in OTHERS if b.name != "float"], ids=lambda b: b.name)

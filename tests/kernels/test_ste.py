@@ -1,6 +1,6 @@
 """The closed-form straight-through estimator against one that autograd derives from floating point.
 
-The formulation here is the usual one, written independently of the package: ``fake(x) = x + (dequantized - x).detach()``
+The formulation here is the usual one, written independently of the package: ``x + (dequantized - x).detach()``
 where the value lies inside the grid, constant outside; then an ordinary float product of the two fakes.
 """
 
@@ -22,7 +22,7 @@ from qat.quantizers.quantizer import make_quantizer
 
 
 def fake(x: Tensor, scale: Tensor, zero_point: Tensor | int, lo: int, hi: int) -> Tensor:
-    """Quantize-dequantize with the straight-through gradient inside the grid; ``scale`` must broadcast against ``x``."""
+    """Quantize-dequantize with the straight-through gradient inside; ``scale`` must broadcast against ``x``."""
     free = (x.detach() / scale).round() + zero_point
     value = (free.clamp(lo, hi) - zero_point) * scale
     inside = ((free >= lo) & (free <= hi)).to(x.dtype)
@@ -87,7 +87,8 @@ def compare(x: Tensor, w: Tensor, spec_x: TensorSpec, spec_w: TensorSpec, gained
 @pytest.mark.parametrize("spec_x", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("shape", [(7, 12), (2, 3, 12), (1, 12)], ids=str)
 def test_linear(shape: tuple[int, ...], spec_x: TensorSpec, spec_w: TensorSpec, gained: bool) -> None:
-    compare(torch.randn(shape, requires_grad=True), torch.randn(5, 12, requires_grad=True), spec_x, spec_w, gained, None,
+    compare(torch.randn(shape, requires_grad=True), torch.randn(5, 12, requires_grad=True), spec_x, spec_w, gained,
+            None,
             lambda a, b: a @ b.t())
 
 
@@ -162,7 +163,8 @@ def test_lsq_scale_gradient(name: str, granularity: str) -> None:
     spec = TensorSpec(name, granularity, symmetric=True)
     fmt = spec.fmt
     x = torch.randn(6, 10)
-    scale = (torch.rand(6) * 0.2 + 0.05 if granularity == "per_channel" else torch.tensor(0.008 if name == "int8" else 0.11)).requires_grad_()
+    one = torch.tensor(0.008 if name == "int8" else 0.11)
+    scale = (torch.rand(6) * 0.2 + 0.05 if granularity == "per_channel" else one).requires_grad_()
     value = ste.quantize(x, scale, None, ste.Grid(spec, learned="lsq", scale_gradient=0.37)).dequantize()
     g = torch.randn(x.shape)
     (got,) = torch.autograd.grad(value, scale, g)
@@ -206,7 +208,7 @@ def test_lsq_gradient_scale_of_a_quantizer() -> None:
 
 
 def test_lsq_plus_gradients() -> None:
-    """``value = (code - lo) * scale + offset``: to the scale LSQ's slope, to the offset 1 outside the grid (Bhalgat)."""
+    """``value = (code - lo) * scale + offset``: to the scale LSQ's slope, to the offset 1 outside (Bhalgat)."""
     spec = TensorSpec("uint4", "per_tensor", symmetric=False)
     x = torch.randn(200)
     scale, offset = torch.tensor(0.1, requires_grad=True), torch.tensor(-0.6, requires_grad=True)
@@ -271,7 +273,8 @@ def test_bfloat16_backward_is_near_the_float32_one() -> None:
 
 def test_the_carrier_owns_no_memory() -> None:
     x = torch.randn(64, 64, requires_grad=True)
-    codes = ste.quantize(x, torch.tensor(0.03), None, ste.Grid(TensorSpec("int8", symmetric=True, granularity="per_tensor")))
+    codes = ste.quantize(x, torch.tensor(0.03), None,
+                         ste.Grid(TensorSpec("int8", symmetric=True, granularity="per_tensor")))
     assert codes.carrier is not None
     assert codes.carrier.untyped_storage().nbytes() <= 8
     assert codes.carrier.shape == x.shape

@@ -59,8 +59,8 @@ def test_narrow_models(preset: str, model: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("model", [m for m in zoo.ZOO if m != "tied"])
 def test_chained_codes(model: str, output: Any) -> None:
     recipe = zoo.every_layer(output=output)
-    before, after = zoo.assert_parity(zoo.build(model), recipe, zoo.inputs(model, 7), zoo.inputs(model, 1),
-                                      zoo.inputs(model, 0))
+    _, after = zoo.assert_parity(zoo.build(model), recipe, zoo.inputs(model, 7), zoo.inputs(model, 1),
+                             zoo.inputs(model, 0))
     if model != "residual":             # there, each output is read by an add, which no rule here names
         assert any(m.plan.emits_codes for m in after.modules() if isinstance(m, QuantizedModule))
     zoo.assert_parity(zoo.build(model), recipe, zoo.inputs(model, 3), traced=False)
@@ -123,7 +123,8 @@ def test_convolutions_without_a_batch_dimension(preset_input: Any, output: Any) 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("geometry", [
     {"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "dilation": 2, "padding": 2},
-    {"kernel_size": (1, 4), "padding": "same"}, {"kernel_size": 2, "padding": 3}, {"kernel_size": 3, "padding": "valid"},
+    {"kernel_size": (1, 4), "padding": "same"}, {"kernel_size": 2, "padding": 3},
+    {"kernel_size": 3, "padding": "valid"},
     {"kernel_size": 3, "groups": 2}, {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
     {"kernel_size": (4, 2), "padding": (2, 1), "padding_mode": "circular"}], ids=str)
 @pytest.mark.parametrize("activation", ["int8", "uint4", "binary", "int2_midrise", {"format": "int8", "dynamic": True},
@@ -136,7 +137,8 @@ def test_convolution_geometries(geometry: dict[str, Any], activation: Any) -> No
 
 
 @pytest.mark.parametrize("geometry", [
-    {"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}, {"kernel_size": 2, "padding": 3, "dilation": 4},
+    {"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    {"kernel_size": 2, "padding": 3, "dilation": 4},
     {"kernel_size": (1, 4), "stride": (3, 1)}, {"kernel_size": 3, "groups": 2, "bias": False},
     {"kernel_size": 2, "stride": 5, "output_padding": 3}], ids=str)
 @pytest.mark.parametrize("activation", ["int8", "uint4", {"format": "int8", "dynamic": True}], ids=str)

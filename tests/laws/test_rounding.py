@@ -119,8 +119,8 @@ def test_rounding_lives_in_one_file() -> None:
         if path.parts[-2] in ("reporting", "pipeline", "training"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr in ("round", "round_", "rint", "fake_quantize_per_tensor_affine",
-                                                                 "fake_quantize_per_channel_affine"):
+            if isinstance(node, ast.Attribute) and node.attr in ("round", "round_", "rint",
+                    "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"):
                 rounders.add(path.name)
     assert rounders - {"quantizer.py"} == {"affine.py"}     # quantizer.py: the zero point of lsq_plus, not codes
 
@@ -151,7 +151,8 @@ def test_real_zero_is_on_the_grid_and_ranges_are_finite(spec: TensorSpec) -> Non
 
 
 def test_a_one_sided_range_is_widened_to_hold_zero() -> None:
-    scale, zero_point = affine.choose_qparams(torch.tensor(1.0), torch.tensor(3.0), TensorSpec("uint8", symmetric=False))
+    scale, zero_point = affine.choose_qparams(torch.tensor(1.0), torch.tensor(3.0),
+                                              TensorSpec("uint8", symmetric=False))
     assert zero_point is not None
     assert (float(scale), int(zero_point)) == (float(torch.tensor(3.0) / 255), 0)
 

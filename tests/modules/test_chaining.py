@@ -31,7 +31,8 @@ def taps(model: nn.Module, x: Any) -> dict[str, type]:
 
 def stack() -> nn.Module:
     return zoo.batch_norms_of_any_sign(nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1), nn.Flatten(),
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1),
+        nn.Flatten(),
         nn.Linear(32, 5), nn.ReLU6(), nn.Linear(5, 2)))
 
 
@@ -79,7 +80,8 @@ def test_gradients_are_those_of_floats_between_the_layers(output: Any, training:
 
 
 @pytest.mark.parametrize("traced", [True, False], ids=["run", "symbolic"])
-@pytest.mark.parametrize("mover", [nn.Identity, nn.Flatten, lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.Identity()),
+@pytest.mark.parametrize("mover",
+                         [nn.Identity, nn.Flatten, lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.Identity()),
                                    nn.Dropout], ids=["identity", "flatten", "several", "dropout"])
 def test_codes_pass_through_modules_that_move_nothing(mover: Any, traced: bool) -> None:
     """In eval these return the very tensor they were given."""
@@ -95,7 +97,8 @@ def test_unflatten_is_a_mover() -> None:
 
 
 @pytest.mark.parametrize("model", [
-    lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)),
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)),
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)),
     lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))], ids=["conv", "flatten", "transposed"])
 def test_dynamic_output_specs_compute_the_right_thing_or_are_refused(model: Any) -> None:
     x = torch.randn(2, 3, 6, 6)

@@ -130,7 +130,8 @@ def test_coverage_says_that_a_batch_norm_is_not_folded(wiring: str) -> None:
 
 def normed(kind: str) -> nn.Module:
     conv = nn.Conv2d(3, 4, 3)
-    wrap: Any = {"weight_norm": nn.utils.parametrizations.weight_norm, "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    wrap: Any = {"weight_norm": nn.utils.parametrizations.weight_norm,
+                 "spectral_norm": nn.utils.parametrizations.spectral_norm,
                  "orthogonal": nn.utils.parametrizations.orthogonal, "old weight_norm": nn.utils.weight_norm,
                  "old spectral_norm": nn.utils.spectral_norm}[kind]
     return nn.Sequential(wrap(conv), nn.BatchNorm2d(4), nn.ReLU(), wrap(nn.Conv2d(4, 2, 3)))

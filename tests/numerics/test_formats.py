@@ -44,7 +44,8 @@ def test_unsigned_of_a_format() -> None:
     {"format": "int8", "granularity": "per_group", "group_size": 0},
     {"format": "int8", "granularity": "per_group", "group_size": -4},
     {"format": "int8", "granularity": "per_group", "group_size": "32"}, {"format": "int8", "group_size": 32},
-    {"format": "int8", "observer": "min_max"}, {"format": "int8", "observer": {}}, {"format": "int8", "learned": "lsq2"},
+    {"format": "int8", "observer": "min_max"}, {"format": "int8", "observer": {}},
+    {"format": "int8", "learned": "lsq2"},
     {"format": "int8", "scale_dtype": "float8"}, {"format": "int8", "scale_dtype": ["float16"]},
     {"format": "int8", "percentile": 40}, {"format": "int8", "percentile": float("nan")},
     {"format": "int8", "percentile": "most"}, {"format": "binary", "symmetric": False},
@@ -70,7 +71,8 @@ def test_unknown_format_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("spec", [
-    TensorSpec("int8", "per_token", dynamic=True), TensorSpec("int8", dynamic=True), TensorSpec("uint8", learned="pact"),
+    TensorSpec("int8", "per_token", dynamic=True), TensorSpec("int8", dynamic=True),
+    TensorSpec("uint8", learned="pact"),
     TensorSpec("int8", learned="lsq_plus"), TensorSpec("uint8"), TensorSpec("uint4", symmetric=True),
     TensorSpec("int4", learned="lsq", symmetric=False)], ids=str)
 def test_specs_that_no_weight_can_have(spec: TensorSpec) -> None:

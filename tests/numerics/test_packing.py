@@ -79,4 +79,5 @@ def test_a_code_that_the_format_lacks_is_refused() -> None:
     with pytest.raises(CheckpointError, match="ternary"):
         packing.unpack(torch.tensor([0b11000000], dtype=torch.uint8), get_format("ternary"), (4,))
     # in the filling after the last code nothing is read
-    assert packing.unpack(torch.tensor([0b11000000], dtype=torch.uint8), get_format("ternary"), (3,)).tolist() == [-1] * 3
+    assert packing.unpack(torch.tensor([0b11000000], dtype=torch.uint8), get_format("ternary"),
+                          (3, )).tolist() == [-1] * 3

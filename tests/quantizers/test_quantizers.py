@@ -15,7 +15,8 @@ from qat.numerics.formats import FORMATS, TensorSpec
 from qat.quantizers.observers import OBSERVERS, make_observer
 from qat.quantizers.quantizer import make_quantizer
 
-SPECS: list[Any] = [*FORMATS, {"format": "int8", "dynamic": True}, {"format": "uint8", "dynamic": True, "symmetric": False},
+SPECS: list[Any] = [*FORMATS, {"format": "int8", "dynamic": True},
+                    {"format": "uint8", "dynamic": True, "symmetric": False},
                     {"format": "int8", "observer": "mse"}, {"format": "uint4", "learned": "lsq_plus"}]
 
 
