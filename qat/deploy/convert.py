@@ -185,8 +185,12 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         for name, module in quantized_modules(prepared).items():
             record = certificate.layers.setdefault(name, {})
             if module.plan.weight is not None:
-                record["weight_codes"] = _difference(module.quantized_weight().codes,
-                                                     frozen[name].quantized_weight().codes)
+                ours, theirs = frozen[name].quantized_weight(), module.quantized_weight()
+                record["weight_codes"] = _difference(theirs.codes, ours.codes)
+                gain, _ = module.folded()
+                scale = theirs.scale if gain is None else theirs.scale * gain
+                if not torch.equal(scale, ours.scale):
+                    raise ParityError(f"{name}: the deployed weight has other scales than the prepared one")
         try:
             for batch in batches:
                 expected, actual = run(prepared, batch), run(deployed, batch)

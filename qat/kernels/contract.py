@@ -71,13 +71,14 @@ class Weight:
     """The right operand: levels (out, in) or (out, in // groups, *kernel), int8 (int16 for affine 8-bit weights).
 
     ``lasting`` says that the levels will be used again, so that packing them pays; such a weight is
-    found again by its ``handle`` from compiled code. ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
+    found again by its ``handle`` from compiled code, and remembers in ``chosen`` which backend ran. ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
     """
 
     levels: Tensor
     bound: int
     lasting: bool = False
     cache: dict[Any, Any] = field(default_factory=dict)
+    chosen: dict[Any, Any] = field(default_factory=dict)
     handle: int = -1
 
     def __post_init__(self) -> None:

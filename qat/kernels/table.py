@@ -48,6 +48,12 @@ TABLE: list[Entry] = [
 _forced: list[str] = []
 
 
+def overridden() -> bool:
+    """Whether a backend is forced by :func:`use` right now."""
+    return bool(_forced)
+
+
+
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Run everything inside the block on one backend.
@@ -65,8 +71,20 @@ def use(backend: str) -> Iterator[None]:
 
 
 def choose(op: str, x: Activation, w: Weight, geometry: Geometry | None = None) -> Backend:
-    """The backend that runs ``op`` (``linear`` or ``convolution``) on these operands."""
+    """The backend that runs ``op`` (``linear`` or ``convolution``) on these operands.
 
+    Weights that last remember the choice for each shape.
+    """
+    key = (op, geometry, x.values.shape, x.values.dtype, x.zero_point if x.fixed else "tensor", len(TABLE))
+    if w.lasting and not _forced and key in w.chosen:
+        return w.chosen[key]
+    backend = _choose(op, x, w, geometry)
+    if w.lasting and not _forced and len(w.chosen) < 64:
+        w.chosen[key] = backend
+    return backend
+
+
+def _choose(op: str, x: Activation, w: Weight, geometry: Geometry | None) -> Backend:
     def supports(backend: Backend) -> bool:
         return backend.supports_linear(x, w) if geometry is None else backend.supports_convolution(x, w, geometry)
 

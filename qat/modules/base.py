@@ -131,8 +131,7 @@ class QuantizedModule(nn.Module):
         adopted.backward_dtype = "auto"
         adopted._batch_norm = []
         adopted.float_dtype = next((p.dtype for p in adopted._parameters.values() if p is not None), torch.float32)
-        adopted._kernel = None
-        adopted._codes = None
+        adopted._kernel = adopted._codes = adopted._one_row = None
         if weight_quantizer is None and plan.weight is not None:
             weight_quantizer = make_quantizer(plan.weight, adopted.weight_matrix().shape)
         adopted.weight_quantizer = weight_quantizer
@@ -182,13 +181,14 @@ class QuantizedModule(nn.Module):
             assert spec is not None
             if self._codes is None:
                 self._unpack(spec)
-            return QuantizedTensor(self._codes, self.weight_scale, self.weight_zero_point, spec.for_weight())
+            return self._codes
         assert self.weight_quantizer is not None
         return self.weight_quantizer.quantize(self.weight_matrix())
 
     @torch.compiler.disable
     def _unpack(self, spec: TensorSpec) -> None:
-        self._codes = packing.unpack(self.weight_codes, spec.fmt, tuple(self.weight_shape))
+        codes = packing.unpack(self.weight_codes, spec.fmt, tuple(self.weight_shape))
+        self._codes = QuantizedTensor(codes, self.weight_scale, self.weight_zero_point, spec.for_weight())
 
     def kernel_weight(self, weight: QuantizedTensor) -> Weight | None:
         """The weight as kernels take it; a frozen module keeps it, with whatever kernels derive from it."""
@@ -302,17 +302,17 @@ class QuantizedModule(nn.Module):
         self.float_dtype = fn(torch.zeros((), dtype=self.float_dtype)).dtype
         if scale is not None and self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._kernel = self._codes = None
+        self._kernel = self._codes = self._one_row = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies derive anew what cannot be copied: packed weights, and weights that a hook computes."""
         own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return {**own, "_kernel": None, "_codes": None}
+        return {**own, "_kernel": None, "_codes": None, "_one_row": None}
 
     def _load_from_state_dict(self, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args)
-        self._kernel = self._codes = None
+        self._kernel = self._codes = self._one_row = None
 
     # ---------------------------------------------------------------- the forward
 

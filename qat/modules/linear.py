@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.kernels import ste, table
+from qat.kernels.backends import OneRow
 from qat.modules.base import QuantizedModule, register
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
+from qat.quantizers.quantizer import FrozenQuantizer
 
 
 @register
@@ -23,11 +27,34 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         x = input
         if self.calibrating or self.plan.weight is None:
             return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
+        if self._one_row and self._is_one_row(x):
+            return self._one_row(x)
         weight = self.quantized_weight()
         if self.plan.input is None:
             values = self.float_input(x)
             return self.finish(F.linear(values, weight.dequantize(values.dtype), self.bias))
-        return self.finish(self.product(self.quantized_input(x), weight))
+        codes = self.quantized_input(x)
+        if self._one_row is None and self.frozen and not torch.compiler.is_compiling():
+            self._one_row = self._serve_one_row(codes)
+        return self.finish(self.product(codes, weight))
+
+    def _is_one_row(self, x: Tensor | QuantizedTensor) -> bool:
+        return (isinstance(x, Tensor) and x.numel() == self.in_features
+                and x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu"
+                and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or table.overridden()
+                         or (x.requires_grad and torch.is_grad_enabled())))
+
+    def _serve_one_row(self, codes: QuantizedTensor) -> OneRow | bool:
+        """The short way for one row, or False where there is none."""
+        weight = self.quantized_weight()
+        kernel = self.kernel_weight(weight)
+        assert kernel is not None
+        fixed = isinstance(self.input_quantizer, FrozenQuantizer) and self.output_quantizer is None
+        if not fixed or codes.device.type != "cpu" or weight.spec.granularity == "per_group" \
+                or not OneRow.serves(codes, kernel):
+            return False
+        call = ste.Product(codes, weight, kernel)
+        return OneRow(codes, kernel, call.scale_x() * call.multiplier_w(), self.bias)
 
 
 @register

@@ -163,6 +163,15 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: Te
     return codes
 
 
+def quantize_to_bytes(x: Tensor, scale: Tensor, offset: Tensor, lo: int, hi: int) -> Tensor:
+    """The same rounding in the fewest calls, for one scale: uint8 ``clamp(round(x / scale) + offset, lo, hi)``.
+
+    Args:
+        x: float32. ``offset``: the zero point, plus 128 for signed formats, as a float32 scalar tensor.
+    """
+    return torch.div(x, scale).round_().add_(offset).clamp_(lo, hi).to(torch.uint8)
+
+
 def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None,
                      spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """The codes of ``x``, and a bool tensor of its shape: which values lie beyond the ends of the grid."""

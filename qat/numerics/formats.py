@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -208,7 +209,7 @@ class TensorSpec:
         if self.granularity in ("per_token", "per_sample") and not self.dynamic:
             raise SpecError(f"{self.granularity} scales are known only when the batch arrives: add dynamic: true")
 
-    @property
+    @cached_property
     def fmt(self) -> Format:
         return get_format(self.format)
 
