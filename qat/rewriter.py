@@ -172,8 +172,8 @@ def _same_function(model: nn.Module, plan: Plan, inputs: Any) -> bool:
                 break  # the float model itself cannot run on these inputs in this mode: nothing to compare
             finally:
                 candidate.load_state_dict(saved, strict=False)
-                for module, mode in modes.items():
-                    module.training = mode
+                for part, mode in modes.items():
+                    part.training = mode
         if len(results) == 2 and not (len(results[0]) == len(results[1])
                                       and all(_close(a, b) for a, b in zip(*results))):
             return False

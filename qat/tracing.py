@@ -131,7 +131,7 @@ class _Recorder(TorchFunctionMode):
                     found.append((self.numbers[t], 0 if t.is_inference() else t._version))
         return found
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.silent:
             return func(*args, **kwargs)
@@ -160,15 +160,15 @@ def tracing(model: nn.Module, trace: Trace) -> Iterator[Trace]:
     recorder = _Recorder(trace, model)
     handles = []
 
-    def enter(name: str, leaf: bool, quiet: bool):  # type: ignore[no-untyped-def]
-        def hook(module, args, kwargs):  # type: ignore[no-untyped-def]
+    def enter(name: str, leaf: bool, quiet: bool):
+        def hook(module, args, kwargs):
             recorder.stack.append(name)
             pending.append(recorder.keys((args, kwargs)) if not recorder.silent else [])
             recorder.silent += quiet
         return hook
 
-    def leave(name: str, leaf: bool, quiet: bool):  # type: ignore[no-untyped-def]
-        def hook(module, args, kwargs, result):  # type: ignore[no-untyped-def]
+    def leave(name: str, leaf: bool, quiet: bool):
+        def hook(module, args, kwargs, result):
             recorder.silent -= quiet
             recorder.stack.pop()
             inputs = pending.pop()

@@ -74,11 +74,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
         for q, observing, _ in before:
             q.observing = observing
     for module in modules.values():
-        q = module.weight_quantizer
-        if isinstance(q, StaticQuantizer) and module.plan.tied_to is None:
-            q.restart()
+        weights = module.weight_quantizer
+        if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
+            weights.restart()
             with torch.no_grad():
-                q.quantize(module.weight_matrix())
+                weights.quantize(module.weight_matrix())
     _warn(quantizers)
     return model
 

@@ -110,9 +110,9 @@ def freeze(model: nn.Module) -> None:
         with torch.no_grad():
             module.freeze()
     share_codes(modules)
-    for module in model.modules():
-        if isinstance(module, NarrowFloat):
-            module.freeze()
+    for part in model.modules():
+        if isinstance(part, NarrowFloat):
+            part.freeze()
     drop_folded(model)
     model.requires_grad_(False)
     left = [n for n, m in model.named_modules() if isinstance(m, StaticQuantizer)]
@@ -137,7 +137,7 @@ def drop_folded(model: nn.Module) -> None:
         for key, child in parent._modules.items():
             if child is not None and (isinstance(child, Absorbed) or (isinstance(child, QuantizedBatchNorm)
                                                                       and names[id(child)] in folded)):
-                identity = nn.Identity()
+                identity: nn.Module = nn.Identity()
                 identity.training = child.training
                 parent._modules[key] = identity
 
@@ -150,7 +150,7 @@ class _Tap:
         self.handles = [module.register_forward_pre_hook(self.hook(name))
                         for name, module in quantized_modules(model).items()]
 
-    def hook(self, name: str):  # type: ignore[no-untyped-def]
+    def hook(self, name: str):
         def tap(module: QuantizedModule, args: tuple[Any, ...]) -> None:
             for x in args:
                 if isinstance(x, QuantizedTensor):
@@ -185,12 +185,11 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         for name, module in quantized_modules(prepared).items():
             record = certificate.layers.setdefault(name, {})
             if module.plan.weight is not None:
-                ours, theirs = frozen[name].quantized_weight(), module.quantized_weight()
-                record["weight_codes"] = _difference(theirs.codes, ours.codes)
+                trained, shipped = module.quantized_weight(), frozen[name].quantized_weight()
+                record["weight_codes"] = _difference(trained.codes, shipped.codes)
                 gain, _ = module.folded()
-                scale = theirs.scale if gain is None else theirs.scale * gain
-                if not torch.equal(scale, ours.scale):
-                    raise ParityError(f"{name}: the deployed weight has other scales than the prepared one")
+                if not torch.equal(trained.scale if gain is None else trained.scale * gain, shipped.scale):
+                    raise ParityError(f"{name}: the deployed weight differs from the prepared one in its scales")
         try:
             for batch in batches:
                 expected, actual = run(prepared, batch), run(deployed, batch)

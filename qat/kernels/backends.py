@@ -238,9 +238,9 @@ class IntMM(Backend):
 
     def linear(self, x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
         acc, taken_off = self._raw(x, w)
-        one_for_all = taken_off is None or taken_off.dim() == 1
-        return (rescale(acc, multiplier, bias, taken_off) if one_for_all
-                else rescale(acc.sub_(taken_off), multiplier, bias))
+        if taken_off is None or taken_off.dim() == 1:
+            return rescale(acc, multiplier, bias, taken_off)
+        return rescale(acc.sub_(taken_off), multiplier, bias)
 
     def _raw(self, x: Activation, w: Weight) -> tuple[Tensor, Tensor | None]:
         """The product of the values as they are, and what their zero point adds to it: (out,) or (rows, out)."""
@@ -299,7 +299,7 @@ class OneRow:
     """
 
     def __init__(self, x: QuantizedTensor, w: Weight, multiplier: Tensor, bias: Tensor | None) -> None:
-        fmt, zero_point = x.spec.fmt, int(x.zero_point or 0)  # type: ignore[arg-type]
+        fmt, zero_point = x.spec.fmt, int(x.zero_point or 0)
         shift = 128 if fmt.signed else 0
         self.scale, self.offset = x.scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift

@@ -79,7 +79,7 @@ def _ghost(like: Tensor, shape: torch.Size | None = None) -> Tensor:
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, offset, zero_point, grid):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scale, offset, zero_point, grid):
         spec, fmt = grid.spec, grid.spec.fmt
         clamped = x
         if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
@@ -103,7 +103,7 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g, _):
         outside, x, scale, codes, offset = ctx.saved_tensors
         g_scale = g_offset = None
         if x is not None:
@@ -259,7 +259,7 @@ def product(call: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_carrier, w_carrier, gain, bias, call):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_carrier, w_carrier, gain, bias, call):
         # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
         nothing = call.x.codes.new_empty(0)
         x, w = (replace(t, codes=nothing, carrier=None) for t in (call.x, call.w))
@@ -269,7 +269,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g):
         call, needs, (x, w) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         call = replace(call, x=replace(call.x, codes=x), w=replace(call.w, codes=w))
         g_x, g_w = (_linear_gradients if call.geometry is None else _convolution_gradients)(call, g, needs[0], needs[1])
@@ -336,14 +336,16 @@ def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool)
 
     if any(s > 1 for s in geometry.stride) and weight[0, 0].numel() == 1 and not any(geometry.padding):
         # torch 2.13 on CPUs corrupts memory in the weight gradient of strided convolutions with one tap
-        seen = levels[(..., *(slice(None, None, s) for s in geometry.stride))]
+        seen = levels[(slice(None), slice(None), *(slice(None, None, s) for s in geometry.stride))]
         g_x = backward(levels, geometry.stride, [True, False, False])[0] if need_x else None
         g_w = backward(seen, (1,) * geometry.dims, [False, True, False])[1] if need_w else None
     else:
         g_x, g_w, _ = backward(levels, geometry.stride, [need_x, need_w, False])
-    if need_w:
+    if not need_w:
+        g_w = None
+    elif g_w is not None:
         g_w = _times_gain(g_w.float() if scale.dim() else g_w.float().mul_(scale), call)
-    return (g_x.to(call.x.dtype) if need_x else None), (g_w if need_w else None)
+    return (g_x.to(call.x.dtype) if need_x and g_x is not None else None), g_w
 
 
 # ------------------------------------------------------------------------------------- shape changes of codes
@@ -353,17 +355,17 @@ class _Rearranged(torch.autograd.Function):
     """The carrier of rearranged codes: its gradient is arranged back."""
 
     @staticmethod
-    def forward(ctx, carrier, shape, back):  # type: ignore[no-untyped-def]
+    def forward(ctx, carrier, shape, back):
         ctx.back = back
         return _ghost(carrier, shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g):
         return ctx.back(g), None, None
 
 
-def rearranged(x: QuantizedTensor, codes: Tensor, back) -> QuantizedTensor:  # type: ignore[no-untyped-def]
+def rearranged(x: QuantizedTensor, codes: Tensor, back) -> QuantizedTensor:
     """``x`` with its codes rearranged into ``codes``; ``back`` maps a gradient of the new shape to the old one.
 
     For per-tensor scales (a rearrangement of codes leaves them alone).

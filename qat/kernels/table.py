@@ -143,7 +143,7 @@ def _linear(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int,
 
 
 @_linear.register_fake
-def _(values, offsets, zero_point, bound, levels, level_bound, handle, multiplier, bias):  # type: ignore[no-untyped-def]
+def _(values, offsets, zero_point, bound, levels, level_bound, handle, multiplier, bias):
     return values.new_empty((values.shape[0], levels.shape[0]), dtype=torch.float32)
 
 
@@ -159,7 +159,7 @@ def _convolution(values: Tensor, offsets: Tensor | None, zero_point: int, bound:
 
 @_convolution.register_fake
 def _(values, offsets, zero_point, bound, levels, level_bound, handle, stride, padding, dilation, groups, multiplier,
-      bias):  # type: ignore[no-untyped-def]
+      bias):
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     size = (values.shape[0], levels.shape[0], *geometry.output_size(values.shape, levels.shape))
     return values.new_empty(size, dtype=torch.float32).contiguous(memory_format=_memory_format(values))

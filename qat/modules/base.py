@@ -78,12 +78,13 @@ class LayerPlan:
 def adopt(mixin: type, module: nn.Module) -> Any:
     """``module`` as an instance of ``mixin`` too: its class changes, everything else (hooks, parameters, mode) stays."""
     if not isinstance(module, mixin):
-        module.__class__ = _adopted_type(mixin, type(module))
+        kind: Any = type(module)
+        module.__class__ = _adopted_type(mixin, kind)
     return module
 
 
 @cache
-def _adopted_type(mixin: type, kind: type) -> type:
+def _adopted_type(mixin: Any, kind: Any) -> Any:
     if issubclass(mixin, kind):
         return mixin
     name = mixin.__name__ if kind.__module__.startswith("torch.") else f"Quantized{kind.__name__}"
@@ -112,7 +113,21 @@ class QuantizedModule(nn.Module):
     replaces: ClassVar[type[nn.Module]]
     takes_input_spec: ClassVar[bool] = True
 
+    name: str
     plan: LayerPlan
+    calibrating: bool
+    checking: bool
+    backward_dtype: str
+    float_dtype: torch.dtype
+    weight: Any
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: tuple[int, ...]
+    _batch_norm: list[Any]
+    _kernel: Weight | None
+    _codes: QuantizedTensor | None
+    _one_row: Any
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
@@ -181,6 +196,7 @@ class QuantizedModule(nn.Module):
             assert spec is not None
             if self._codes is None:
                 self._unpack(spec)
+            assert self._codes is not None
             return self._codes
         assert self.weight_quantizer is not None
         return self.weight_quantizer.quantize(self.weight_matrix())
@@ -261,11 +277,11 @@ class QuantizedModule(nn.Module):
         for key, hook in list(self._forward_pre_hooks.items()):
             if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
                 del self._forward_pre_hooks[key]
-        for key in ("weight", "weight_g", "weight_v", "weight_orig"):
-            self._parameters.pop(key, None)
-            self.__dict__.pop(key, None)
-        for key in ("weight_u", "weight_v"):
-            self._buffers.pop(key, None)
+        for name in ("weight", "weight_g", "weight_v", "weight_orig"):
+            self._parameters.pop(name, None)
+            self.__dict__.pop(name, None)
+        for name in ("weight_u", "weight_v"):
+            self._buffers.pop(name, None)
 
     def skeleton(self) -> None:
         """Replace the float weight of a freshly built module by empty packed codes, to load a checkpoint into."""
@@ -296,7 +312,7 @@ class QuantizedModule(nn.Module):
             return self.weight_from_matrix(self.quantized_weight().dequantize())
         return super().__getattr__(name)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         scale = self._buffers.get("weight_scale")
         super()._apply(fn, recurse)
         self.float_dtype = fn(torch.zeros((), dtype=self.float_dtype)).dtype
@@ -310,7 +326,7 @@ class QuantizedModule(nn.Module):
         own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return {**own, "_kernel": None, "_codes": None, "_one_row": None}
 
-    def _load_from_state_dict(self, *args):  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self._kernel = self._codes = self._one_row = None
 

@@ -7,6 +7,7 @@ prepared model in eval and the deployed model compute one expression, and traini
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ class QuantizedBatchNorm(nn.Module):
     """
 
     statistics_frozen: bool
+    running_mean: Any
+    running_var: Any
+    weight: Any
+    bias: Any
+    eps: float
+    momentum: float | None
+    reset_running_stats: Any
     _producer: list[QuantizedModule]
 
     @classmethod
@@ -53,7 +61,7 @@ class QuantizedBatchNorm(nn.Module):
         return super().forward(x)
 
     def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-        x = input
+        x: Any = input
         if not self._producer:
             return self.normalize(x)
         producer = self._producer[0]

@@ -208,7 +208,7 @@ def _split(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, PIECE * x.shape[0] // x.numel()))
 
 
-def _pieces(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec):  # type: ignore[no-untyped-def]
+def _pieces(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec):
     """Pieces of ``x`` along its first dimension, with their targets, qparams, and two float32 scratch tensors."""
     inputs = _split(x)
     along = spec.granularity != "per_tensor"  # every other scale has the first dimension of x in front

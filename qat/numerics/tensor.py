@@ -56,10 +56,10 @@ class _Dequantize(torch.autograd.Function):
     """Codes to values; the gradient of the values is the gradient of the carrier."""
 
     @staticmethod
-    def forward(ctx, carrier, tensor, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, carrier, tensor, dtype):
         return affine.dequantize(tensor.codes, tensor.scale, tensor.zero_point, tensor.spec).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient):
         return gradient.clone(), None, None  # what reaches a carrier may be changed in place

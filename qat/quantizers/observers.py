@@ -72,7 +72,7 @@ class Observer(nn.Module):
         """Whether everything seen was zero."""
         return not bool(self.low.any() | self.high.any())
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         """A float checkpoint holds nothing for an observer: nothing is missing then."""
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -181,7 +181,7 @@ class HistogramObserver(Observer):
         low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
         return [(low * f, high * f) for f in torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES).tolist()]
 
-    def best(self, loss) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
+    def best(self, loss) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of the candidate range with the least ``loss(scale, zero_point)``."""
         tried = [affine.choose_qparams(low, high, self.spec) for low, high in self.candidates()]
         losses = torch.stack([loss(scale, zero_point) for scale, zero_point in tried])

@@ -85,22 +85,23 @@ class Quantizer(nn.Module):
         """This quantizer without its observer, parameters and history: what a deployed model keeps."""
         return self
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         """Move with the model, but keep scales and statistics in their own precision: they are never rounded."""
         kept = [(store, key, value) for store in (self._buffers, self._parameters)
                 for key, value in store.items() if value is not None and value.is_floating_point()]
         kept = [(store, key, value.detach().clone()) for store, key, value in kept]
         super()._apply(fn, recurse)
         for store, key, value in kept:
-            if store[key].dtype != value.dtype:
-                store[key].data = value.to(store[key].device)
+            moved = store[key]
+            if moved is not None and moved.dtype != value.dtype:
+                moved.data = value.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
         absorbed = "" if self.floor is None and self.ceiling is None else f", absorbs clamp({self.floor}, {self.ceiling})"
         return f"{self.spec}{absorbed}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         """A state dict without any of this quantizer's tensors is a float checkpoint: nothing is missing then."""
         own = set(self._parameters) | set(self._buffers)
         if not own or any(key.startswith(prefix) for key in state_dict):
