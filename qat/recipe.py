@@ -50,7 +50,8 @@ class Rule:
             raise RecipeError(f"keep: {self.keep!r} is not a floating point type{nearest(str(self.keep), KEEP)}; "
                               f"types are {', '.join(KEEP)}")
         if self.keep is not None and (self.weight or self.input or self.output):
-            raise RecipeError(f"{self}: keep: means floating point, so weight, input and output have no place beside it")
+            raise RecipeError(f"{self}: keep: means floating point, so weight, input and output have no place beside "
+                              "it")
         if self.keep is None and not (self.weight or self.input or self.output):
             raise RecipeError(f"{self}: a rule needs a weight, input or output spec, or keep: float32")
         try:
@@ -130,7 +131,8 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "calibration", tuple(self.calibration))
-        for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES), ("edges", self.edges, EDGES)):
+        for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES),
+                                  ("edges", self.edges, EDGES)):
             if value not in known:
                 raise RecipeError(f"{key}: {value!r} is unknown{nearest(str(value), known)}; "
                                   f"choices are {', '.join(known)}")
@@ -206,7 +208,8 @@ class Recipe:
         for key in ("weight", "input"):
             if overrides.get(key) is not None:
                 if not isinstance(overrides[key], Mapping):
-                    raise RecipeError(f"{key}: override of preset {name} is a mapping such as {{format: int8}}, not {overrides[key]!r}")
+                    raise RecipeError(f"{key}: override of preset {name} is a mapping such as {{format: int8}}, "
+                                      f"not {overrides[key]!r}")
                 if not any(rule.get(key) for rule in rules):
                     raise RecipeError(f"preset {name} has no {key} spec to override")
                 for rule in rules:
@@ -271,8 +274,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fp16": _preset(keep="float16"),
     "bf16": _preset(keep="bfloat16"),
     "mixed_w8a8_w4a8": _preset(
-        _INT8, _INT8, optional=True, front=[*_ROWS8, {"match": {"type": "Linear"}, "weight": _learned("int4"), "input": _INT8,
-                                       "optional": True}], edges="int8"),
+        _INT8, _INT8, optional=True, edges="int8",
+        front=[*_ROWS8,
+               {"match": {"type": "Linear"}, "weight": _learned("int4"), "input": _INT8, "optional": True}]),
     "mixed_w8a8_bf16": _preset(
         _INT8, _INT8, front=[{"match": {"name": "*norm*"}, "keep": "bfloat16", "optional": True}]),
 }

@@ -118,6 +118,11 @@ def _warn(quantizers: list[StaticQuantizer]) -> None:
     silent = [q.name for q in quantizers if not q.observer.empty and q.spec.fmt.grid != "sign" and q.observer.silent]
     if silent:
         warnings.warn(f"always zero in calibration, so their scale is 1: {', '.join(silent)}", stacklevel=3)
+    cut = [q.name for q in quantizers if not q.spec.fmt.signed and q.spec.symmetric and q.floor is None
+           and bool((q.observer.low < 0).any())]
+    if cut:
+        warnings.warn(f"unsigned symmetric codes cut all negative values off at {', '.join(cut)}: use a signed format, or "
+                      "symmetric: false", stacklevel=3)
     stuck = [q.name for q in quantizers if q.spec.fmt.grid == "sign" and getattr(q.observer, "one_sided", False)]
     if stuck:
         warnings.warn(f"1-bit activations that never change sign carry nothing: {', '.join(stuck)}; put them in front "

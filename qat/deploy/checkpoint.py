@@ -31,8 +31,9 @@ from qat.modules.base import QuantizedModule
 from qat.modules.precision import NarrowFloat
 from qat.numerics import packing
 from qat.quantizers.quantizer import FrozenQuantizer
+from qat.planning import Plan
 from qat.recipe import Recipe
-from qat.rewriter import Plan, Prepared, carry_out, coverage, is_prepared, prepared_state, quantized_modules
+from qat.rewriter import Prepared, carry_out, coverage, is_prepared, prepared_state, quantized_modules
 from qat.tracing import Call
 
 VERSION = 1
@@ -175,8 +176,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not the manifest of a qat checkpoint")
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {manifest.get('version')!r}; this package reads version {VERSION}")
-    needed = {"recipe": dict, "plan": dict, "certificate": dict, "coverage": dict, "tensors": dict, "aliases": dict, "functions": list, "macs": dict,
-              "sha256": str, "bytes": int}
+    needed = {"recipe": dict, "plan": dict, "certificate": dict, "coverage": dict, "tensors": dict, "aliases": dict,
+              "functions": list, "macs": dict, "sha256": str, "bytes": int}
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
@@ -225,8 +226,9 @@ def _assign(model: nn.Module, values: dict[str, Tensor], folder: Path) -> None:
         raise CheckpointError(f"{folder} is for another architecture: missing {', '.join(missing[:8]) or 'nothing'}; "
                               f"unexpected {', '.join(unexpected[:8]) or 'nothing'}")
     for name, value in values.items():
-        integers = not (own[name].is_floating_point() and value.is_floating_point()) or "quantizer." in name or name.endswith("weight_scale")
-        if integers and own[name].dtype != value.dtype:
+        floats = own[name].is_floating_point() and value.is_floating_point()
+        exact = not floats or "quantizer." in name or name.endswith("weight_scale")
+        if exact and own[name].dtype != value.dtype:
             raise CheckpointError(f"{folder}: {name} is {value.dtype}, this architecture needs {own[name].dtype}")
         if own[name].shape != value.shape:
             raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}, this architecture needs "

@@ -1,4 +1,4 @@
-"""``convert`` is freeze: packed codes take the place of float weights, and a certificate proves that nothing changed."""
+"""``convert`` is freeze: packed codes take the place of float weights; a certificate proves that nothing changed."""
 
 from __future__ import annotations
 

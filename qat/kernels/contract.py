@@ -70,8 +70,9 @@ LASTING: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 class Weight:
     """The right operand: levels (out, in) or (out, in // groups, *kernel), int8 (int16 for affine 8-bit weights).
 
-    ``lasting`` says that the levels will be used again, so that packing them pays; such a weight is
-    found again by its ``handle`` from compiled code, and remembers in ``chosen`` which backend ran. ``cache`` keeps what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
+    ``lasting`` says that the levels will be used again, so that packing them pays; such a weight is found again by its
+    ``handle`` from compiled code, and remembers in ``chosen`` which backend ran. ``cache`` keeps what a backend derives
+    from the levels (a packed copy, row sums); it lives as long as the codes do.
     """
 
     levels: Tensor

@@ -107,7 +107,8 @@ class _Quantize(torch.autograd.Function):
         outside, x, scale, codes, offset = ctx.saved_tensors
         g_scale = g_offset = None
         if x is not None:
-            g_scale, g_offset = _scale_gradient(g, _dense(outside, x), x, scale, codes, offset, ctx.zero_point, ctx.grid)
+            g_scale, g_offset = _scale_gradient(g, _dense(outside, x), x, scale, codes, offset, ctx.zero_point,
+                                                ctx.grid)
         # a gradient that reaches a carrier is nobody else's, so it can be masked in place
         g_x = g if outside is None else _masked(g, outside)
         return g_x if ctx.needs_input_grad[0] else None, g_scale, g_offset, None, None

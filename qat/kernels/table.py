@@ -33,7 +33,8 @@ class Entry:
 
 
 TABLE: list[Entry] = [
-    Entry("linear", "cpu", "int_mm", "one row: a matrix-vector kernel", lambda x, w: x.values.shape[0] == 1 and x.fixed),
+    Entry("linear", "cpu", "int_mm", "one row: a matrix-vector kernel",
+          lambda x, w: x.values.shape[0] == 1 and x.fixed),
     Entry("linear", "cpu", "int_mm", "weights that change: nothing to pack", lambda x, w: not w.lasting),
     Entry("linear", "cpu", "onednn", "frozen weights, packed once; rescale fused"),
     Entry("linear", "cpu", "int_mm", "zero points for each row"),

@@ -76,7 +76,7 @@ class LayerPlan:
 
 
 def adopt(mixin: type, module: nn.Module) -> Any:
-    """``module`` as an instance of ``mixin`` too: its class changes, everything else (hooks, parameters, mode) stays."""
+    """``module`` as an instance of ``mixin`` too: its class changes; hooks, parameters, mode and all else stay."""
     if not isinstance(module, mixin):
         kind: Any = type(module)
         module.__class__ = _adopted_type(mixin, kind)
@@ -294,8 +294,8 @@ class QuantizedModule(nn.Module):
             count = packing.packed_size(matrix.numel(), spec.bits)
             self.register_buffer("weight_codes", torch.zeros(count, dtype=torch.uint8, device=device))
             self.register_buffer("weight_scale", torch.ones(size, device=device))
-            self.register_buffer("weight_zero_point",
-                                 torch.zeros(size, dtype=torch.int32, device=device) if spec.symmetric is False else None)
+            zero_point = torch.zeros(size, dtype=torch.int32, device=device) if spec.symmetric is False else None
+            self.register_buffer("weight_zero_point", zero_point)
             self.drop_float_weight()
             self.weight_quantizer = None
             if self.plan.batch_norm:
@@ -357,7 +357,8 @@ class QuantizedModule(nn.Module):
     def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor:
         """The integer product, in the dtype the float layer would return."""
         gain, bias = self.folded()
-        call = ste.Product(x, weight, self.kernel_weight(weight), gain, backward_dtype=self.backward_type(x), **geometry)
+        call = ste.Product(x, weight, self.kernel_weight(weight), gain, backward_dtype=self.backward_type(x),
+                           **geometry)
         return ste.product(call, bias, self.result_dtype(x))
 
     def result_dtype(self, x: QuantizedTensor) -> torch.dtype:
@@ -405,3 +406,16 @@ def register(cls: type[QuantizedModule]) -> type[QuantizedModule]:
     """Class decorator: ``prepare`` swaps ``cls.replaces`` for ``cls`` from now on."""
     REGISTRY[cls.replaces] = cls
     return cls
+
+
+def quantized_type(module: nn.Module) -> type[QuantizedModule] | None:
+    """The quantized class for a module: by its type, or a base type whose forward it did not override."""
+    kind = type(module)
+    if nn.utils.parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]
+    if kind in REGISTRY:
+        return REGISTRY[kind]
+    for base in kind.__mro__:
+        if base in REGISTRY and kind.forward is base.forward and kind.__call__ is base.__call__:
+            return REGISTRY[base]
+    return None

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
-from qat.kernels import ste
-from qat.kernels.contract import Geometry
+from qat.kernels import ste, table
+from qat.kernels.backends import ONEDNN
+from qat.kernels.contract import Activation, Geometry
 from qat.modules.base import QuantizedModule, register
 from qat.numerics.tensor import QuantizedTensor
+from qat.quantizers.quantizer import FrozenQuantizer
 
 
 def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
@@ -40,6 +42,8 @@ class QuantizedConvolution(QuantizedModule):
         if isinstance(x, Tensor):
             x = self._pad(x.unsqueeze(0) if single else x)
         y = self._integer(batched(self.quantized_input(x), len(self.kernel_size)), weight)
+        if isinstance(y, QuantizedTensor):
+            return ste.rearranged(y, y.codes.squeeze(0), lambda g: g.unsqueeze(0)) if single else y
         return self.finish(y.squeeze(0) if single else y)
 
     def _pad(self, x: Tensor) -> Tensor:
@@ -48,14 +52,38 @@ class QuantizedConvolution(QuantizedModule):
             return x
         return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
 
-    def _integer(self, x: QuantizedTensor, weight: QuantizedTensor) -> Tensor:
+    def _integer(self, x: QuantizedTensor, weight: QuantizedTensor) -> Tensor | QuantizedTensor:
         before, after = self._paddings()
         geometry = Geometry(self.stride, after, self.dilation, self.groups)
+        if before == after and (codes := self._requantized(x, weight, geometry)) is not None:
+            return codes
         y = self.product(x, weight, geometry=geometry)
         for dim, (left, right) in enumerate(zip(before, after)):
             if left != right:
                 y = y.narrow(2 + dim, right - left, y.shape[2 + dim] - (right - left))
         return y
+
+    def _requantized(self, x: QuantizedTensor, weight: QuantizedTensor, geometry: Geometry) -> QuantizedTensor | None:
+        """The output's codes straight from the kernel, where that is the same rounding; else None.
+
+        So it is for 8-bit codes whose scale is a power of two: the kernel's multiplication by the reciprocal is then
+        the division of the one rounding, bit for bit.
+        """
+        out = self.output_quantizer
+        if (not self.plan.emits_codes or not isinstance(out, FrozenQuantizer) or not out.spec.power_of_two
+                or out.spec.bits != 8 or out.ceiling is not None or x.scale.dim() or x.carrier is not None
+                or torch.compiler.is_compiling() or self.result_dtype(x) != torch.float32):
+            return None
+        kernel, activation = self.kernel_weight(weight), Activation.of(x)
+        assert kernel is not None
+        if table.choose("convolution", activation, kernel, geometry) is not ONEDNN:
+            return None
+        call = ste.Product(x, weight, kernel)
+        scale, zero_point = out.present()
+        codes = ONEDNN.convolution_requantized(activation, kernel, geometry, call.scale_x() * call.multiplier_w(),
+                                               None if self.bias is None else self.bias.float(), float(scale),
+                                               zero_point or 0, out.spec.fmt.dtype)
+        return QuantizedTensor(codes, scale, zero_point, out.spec, None, self.result_dtype(x))
 
     def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Zeros before and after, for each spatial dimension (``same`` pads one more behind for even kernels)."""

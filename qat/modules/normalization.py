@@ -85,5 +85,7 @@ CLAMPS: dict[type[nn.Module], tuple[float | None, float | None]] = {nn.ReLU: (0.
 def clamp_of(module: nn.Module) -> tuple[float | None, float | None] | None:
     """``(floor, ceiling)`` if ``module`` clamps from zero up (ReLU, ReLU6, Hardtanh(0, c)); else None."""
     if isinstance(module, nn.Hardtanh) and type(module) in (nn.Hardtanh, nn.ReLU6):
-        return (0.0, None if math.isinf(module.max_val) else float(module.max_val)) if module.min_val == 0 and module.max_val > 0 else None
+        if module.min_val != 0 or module.max_val <= 0:
+            return None
+        return 0.0, None if math.isinf(module.max_val) else float(module.max_val)
     return CLAMPS.get(type(module))

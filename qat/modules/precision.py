@@ -17,7 +17,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class NarrowFloat(nn.Module):
-    """Mixin for a module without children: inputs and parameters are cast to ``narrow``, outputs back to the dtype that came in."""
+    """Mixin for a module without children that computes in ``narrow``.
+
+    Inputs and parameters are cast to it, outputs back to the dtype that came in.
+    """
 
     narrow: torch.dtype
     frozen_narrow: bool

@@ -4,7 +4,7 @@ A *format* is a grid of numbers with an integer code for each. Three maps descri
 
     value --affine.quantize--> code            the integer that is stored (int8: -128..127)
     code  --Format.levels-->   level           the integer that enters the matrix product
-    level * scale * unit  =    value           ``unit`` is 1, or 1/2 for mid-rise grids: a power of two, so it never rounds
+    level * scale * unit  =    value           ``unit`` is 1, or 1/2 for mid-rise grids: a power of two never rounds
 
 A *spec* says how one tensor is put on such a grid: format, granularity of the scales, symmetric or affine,
 where the range comes from.

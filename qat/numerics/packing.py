@@ -71,10 +71,8 @@ def unpack(packed: Tensor, fmt: Format, shape: torch.Size | tuple[int, ...]) -> 
         weights = 1 << torch.arange(fmt.bits, dtype=torch.uint8, device=packed.device)
         fields = (stream * weights).sum(-1, dtype=torch.uint8)
     fields = fields[:count]
-    if fmt.grid == "sign":
-        codes = fields.to(torch.int8) * 2 - 1
-    else:
-        codes = (fields.to(torch.int16) + fmt.lo).to(fmt.dtype)
+    sign = fmt.grid == "sign"
+    codes = fields.to(torch.int8) * 2 - 1 if sign else (fields.to(torch.int16) + fmt.lo).to(fmt.dtype)
     if fmt.values < 1 << fmt.bits and count and int(codes.max()) > fmt.hi:
         raise CheckpointError(f"a packed code is outside of {fmt}: {fmt.lo}..{fmt.hi}")
     return codes.reshape(shape)

@@ -96,7 +96,10 @@ class MovingAverageObserver(Observer):
 
 
 class MeanMagnitudeObserver(Observer):
-    """``mean |x|`` over everything seen: the scale of sign and ternary grids. ``high`` holds the sum, ``low`` the count."""
+    """``mean |x|`` over everything seen: the scale of sign and ternary grids.
+
+    ``high`` holds the sum, ``low`` the count.
+    """
 
     def reset(self) -> None:
         self.low.zero_()

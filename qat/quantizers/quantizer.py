@@ -98,8 +98,9 @@ class Quantizer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        absorbed = "" if self.floor is None and self.ceiling is None else f", absorbs clamp({self.floor}, {self.ceiling})"
-        return f"{self.spec}{absorbed}"
+        if self.floor is None and self.ceiling is None:
+            return f"{self.spec}"
+        return f"{self.spec}, absorbs clamp({self.floor}, {self.ceiling})"
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A state dict without any of this quantizer's tensors is a float checkpoint: nothing is missing then."""
@@ -279,6 +280,10 @@ class FrozenQuantizer(Quantizer):
     def loaded(self) -> None:
         self._zero_point = None if self.zero_point is None else int(self.zero_point)
 
+    def present(self) -> tuple[Tensor, int | None]:
+        """Scale and zero point."""
+        return self.scale, self._zero_point
+
     def quantize(self, x: Tensor) -> QuantizedTensor:
         return ste.quantize(x, self.scale, self._zero_point, self.grid())
 
@@ -348,7 +353,8 @@ class LearnedQuantizer(StaticQuantizer):
                                      "batches) first")
         scale, zero_point = self.present()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning rate")
+            raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
+                                   "rate")
         per_scale = x.numel() / max(1, scale.numel())
         if not self.is_weight and x.dim() > 0:
             per_scale /= max(1, x.shape[0])
