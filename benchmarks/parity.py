@@ -78,7 +78,7 @@ def parity() -> None:
                 model = qat.prepare(network_float, recipe, example_inputs=images[:8])
                 qat.calibrate(model, images[:512].split(128))
                 train(model, images, labels, 30, 1e-3)
-                deployed, certificate = qat.convert(model, [images[:64]])
+                deployed, _ = qat.convert(model, [images[:64]])
                 with tempfile.TemporaryDirectory() as folder:
                     qat.save(deployed, folder)
                     loaded = qat.load(folder, network(norm))

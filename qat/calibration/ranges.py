@@ -121,8 +121,8 @@ def _warn(quantizers: list[StaticQuantizer]) -> None:
     cut = [q.name for q in quantizers if not q.spec.fmt.signed and q.spec.symmetric and q.floor is None
            and bool((q.observer.low < 0).any())]
     if cut:
-        warnings.warn(f"unsigned symmetric codes cut all negative values off at {', '.join(cut)}: use a signed format, or "
-                      "symmetric: false", stacklevel=3)
+        warnings.warn(f"unsigned symmetric codes cut all negative values off at {', '.join(cut)}: use a signed format, "
+                      "or symmetric: false", stacklevel=3)
     stuck = [q.name for q in quantizers if q.spec.fmt.grid == "sign" and getattr(q.observer, "one_sided", False)]
     if stuck:
         warnings.warn(f"1-bit activations that never change sign carry nothing: {', '.join(stuck)}; put them in front "

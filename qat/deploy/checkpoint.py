@@ -30,8 +30,8 @@ from qat.errors import CheckpointError, PrepareError, QuantizationError
 from qat.modules.base import QuantizedModule
 from qat.modules.precision import NarrowFloat
 from qat.numerics import packing
-from qat.quantizers.quantizer import FrozenQuantizer
 from qat.planning import Plan
+from qat.quantizers.quantizer import FrozenQuantizer
 from qat.recipe import Recipe
 from qat.rewriter import Prepared, carry_out, coverage, is_prepared, prepared_state, quantized_modules
 from qat.tracing import Call

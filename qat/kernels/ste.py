@@ -85,32 +85,36 @@ class _Quantize(torch.autograd.Function):
         if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
             clamped = x.clamp(grid.floor, grid.ceiling)
         outside = None
+        ctx.absorbed = grid.floor == 0.0 and fmt.lo == (zero_point or 0) and not isinstance(zero_point, Tensor)
         if grid.clipped and fmt.grid == "sign":
             outside = clamped.abs() > affine.aligned(scale, clamped, spec) * SIGN_WINDOW
             codes = affine.quantize(clamped, scale, zero_point, spec)
         elif grid.clipped:
-            codes, outside = affine.quantize_marking(clamped, scale, zero_point, spec)
+            codes, outside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=ctx.absorbed)
         else:
             codes = affine.quantize(clamped, scale, zero_point, spec)
-        for end, beyond in ((grid.floor, torch.le), (grid.ceiling, torch.ge)):
+        for end, beyond in ((None if ctx.absorbed else grid.floor, torch.le), (grid.ceiling, torch.ge)):
             if end is not None:
                 outside = beyond(x, end) if outside is None else outside.logical_or_(beyond(x, end))
         ctx.grid, ctx.zero_point = grid, zero_point
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(_sparse(outside), *((x, scale, codes, offset) if learns else (None,) * 4))
+        ctx.save_for_backward(_sparse(outside), codes if learns or ctx.absorbed else None,
+                              *((x, scale, offset) if learns else (None,) * 3))
         ctx.mark_non_differentiable(codes)
         return _ghost(x), codes
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        outside, x, scale, codes, offset = ctx.saved_tensors
+        outside, codes, x, scale, offset = ctx.saved_tensors
         g_scale = g_offset = None
         if x is not None:
             g_scale, g_offset = _scale_gradient(g, _dense(outside, x), x, scale, codes, offset, ctx.zero_point,
                                                 ctx.grid)
         # a gradient that reaches a carrier is nobody else's, so it can be masked in place
         g_x = g if outside is None else _masked(g, outside)
+        if ctx.absorbed:  # the absorbed ReLU's mask is in the codes themselves
+            g_x = torch.where(codes == ctx.grid.spec.fmt.lo, 0.0, g_x)
         return g_x if ctx.needs_input_grad[0] else None, g_scale, g_offset, None, None
 
 
@@ -126,9 +130,9 @@ def _sparse(outside: Tensor | None) -> Tensor | None:
 
 
 def _masked(g: Tensor, outside: Tensor) -> Tensor:
-    """``g`` with zeros where ``outside`` says, in place."""
+    """``g`` with zeros where ``outside`` says; in place where that is quick."""
     if outside.dtype == torch.bool:
-        return g.masked_fill_(outside, 0.0)
+        return torch.where(outside, 0.0, g)
     if not g.is_contiguous():
         g = g.contiguous()
     return g.view(-1).index_fill_(0, outside, 0.0).view(g.shape)
@@ -304,12 +308,9 @@ def _linear_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> t
         levels, scale = call.x.levels(dtype), call.scale_x()
         flat = (g.float() * scale).to(dtype) if scale.dim() else g_low
         flat, levels = flat.reshape(-1, flat.shape[-1]).t(), levels.reshape(-1, levels.shape[-1])
-        if scale.dim():
-            g_w = (flat @ levels).float()
-        elif scale.device.type == "cpu" and not torch.compiler.is_compiling():  # the scale rides on the product
-            g_w = torch.addmm(flat.new_zeros(()), flat, levels, beta=0, alpha=float(scale)).float()
-        else:
-            g_w = (flat @ levels).float().mul_(scale)
+        g_w = (flat @ levels).float()
+        if not scale.dim():
+            g_w.mul_(scale)
         g_w = _times_gain(g_w, call)
     if need_x:
         scale = call.multiplier_w()

@@ -173,19 +173,24 @@ def quantize_to_bytes(x: Tensor, scale: Tensor, offset: Tensor, lo: int, hi: int
 
 
 def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None,
-                     spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """The codes of ``x``, and a bool tensor of its shape: which values lie beyond the ends of the grid."""
+                     spec: TensorSpec, above_only: bool = False) -> tuple[Tensor, Tensor]:
+    """The codes of ``x``, and a bool tensor of its shape: which values lie beyond the ends of the grid.
+
+    Args:
+        above_only: mark only those beyond the upper end.
+    """
     fmt = spec.fmt
     if not _piecewise(x, spec):
         free = rounded(x, scale, zero_point, spec)
         codes = free.clamp(fmt.lo, fmt.hi)
-        return codes.to(fmt.dtype).reshape(x.shape), (free != codes).reshape(x.shape)
+        beyond = free > codes if above_only else free != codes
+        return codes.to(fmt.dtype).reshape(x.shape), beyond.reshape(x.shape)
     codes, beyond = torch.empty_like(x, dtype=fmt.dtype), torch.empty_like(x, dtype=torch.uint8)
     marks = _split(beyond)
     for (piece, target, step, offset, (free, bounded)), mark in zip(_pieces(x, codes, scale, zero_point, spec), marks):
         rounded(piece, step, offset, spec, free)
         target.copy_(torch.clamp(free, fmt.lo, fmt.hi, out=bounded))
-        mark.copy_(free.ne_(bounded))  # in place and cast: half the time of a comparison that makes booleans
+        mark.copy_(free.gt_(bounded) if above_only else free.ne_(bounded))  # in place and cast: half the time of a comparison that makes booleans
     return codes, beyond.view(torch.bool)
 
 

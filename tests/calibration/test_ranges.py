@@ -258,3 +258,10 @@ def test_every_static_quantizer_is_found() -> None:
     model = zoo.prepared(zoo.build("conv"), zoo.every_layer(output="int8"), [zoo.inputs("conv", 2)])
     found = {id(q) for q in activation_quantizers(model)}
     assert found == {id(m) for m in model.modules() if isinstance(m, StaticQuantizer) and not m.is_weight}
+
+
+def test_unsigned_symmetric_inputs_that_are_negative_warn() -> None:
+    model = qat.prepare(torch.nn.Linear(4, 2), {"rules": [{"weight": "int8", "input": {"format": "uint8",
+                                                                                        "symmetric": True}}]})
+    with pytest.warns(UserWarning, match="cut all negative values off"):
+        qat.calibrate(model, [torch.randn(8, 4)])

@@ -70,7 +70,7 @@ SCHEMES: list[tuple[Any, Any]] = [
     *((name, "int8") for name in FORMATS if FORMATS[name].signed),
     *(("int8", name) for name in FORMATS),
     ({"format": "uint8", "symmetric": False}, "uint8"),
-    ({"format": "int4", "symmetric": False, "granularity": "per_tensor"}, {"format": "uint4", "symmetric": True}),
+    ({"format": "int4", "symmetric": False, "granularity": "per_tensor"}, {"format": "uint4", "observer": "percentile"}),
     ({"format": "int8", "granularity": "per_tensor"}, {"format": "uint8", "dynamic": True, "symmetric": False}),
     ("int8", {"format": "int8", "dynamic": True, "granularity": "per_tensor"}),
     ("int8", {"format": "uint8", "dynamic": True, "granularity": "per_tensor", "symmetric": False}),
