@@ -19,10 +19,16 @@ import torch
 
 def alternate(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 3,
               budget: float = 20.0) -> dict[str, float]:
-    """Median seconds of each step; one call of each in turn, ``rounds`` times or until ``budget`` seconds are over."""
-    for step in steps.values():
+    """Median seconds of one call of each step; the steps run in turn, ``rounds`` times or until the budget is spent.
+
+    A turn lasts at least two milliseconds: short steps are called several times in it, as timeit does.
+    """
+    calls: dict[str, int] = {}
+    for name, step in steps.items():
         for _ in range(warmup):
+            start = time.perf_counter()
             step()
+            calls[name] = max(1, int(2e-3 / max(time.perf_counter() - start, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     begin = time.perf_counter()
     for done in range(rounds):
@@ -30,8 +36,9 @@ def alternate(steps: dict[str, Callable[[], object]], rounds: int, warmup: int =
             break
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(calls[name]):
+                step()
+            times[name].append((time.perf_counter() - start) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

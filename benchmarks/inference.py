@@ -81,14 +81,17 @@ def onnxruntime_int8(model: nn.Module, x: torch.Tensor) -> Callable[[], object] 
 
 
 def compare(title: str, model: nn.Module, x: torch.Tensor, recipes: dict[str, qat.Recipe], rounds: int) -> None:
+    torch._dynamo.reset()
     model = model.eval()
     steps: dict[str, Callable[[], object]] = {"float32 eager": lambda: model(x)}
     compiled_float = torch.compile(copy.deepcopy(model))
     steps["float32 compiled"] = lambda: compiled_float(x)
     for name, recipe in recipes.items():
         deployed = deploy(model, x, recipe)
-        compiled = torch.compile(copy.deepcopy(deployed))
+        twin = copy.deepcopy(deployed)
         with torch.no_grad():
+            twin(x)  # unpacks its codes, so that the compiler finds them
+            compiled = torch.compile(twin)
             same = torch.equal(deployed(x), compiled(x))
         steps[f"qat {name} eager"] = lambda deployed=deployed: deployed(x)
         steps[f"qat {name} compiled{'' if same else ' (last bits differ)'}"] = lambda compiled=compiled: compiled(x)

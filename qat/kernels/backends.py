@@ -315,7 +315,8 @@ class OneRow:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (..., in) with one row in all; float32 (..., out)."""
-        values = affine.quantize_to_bytes(x.view(1, -1), self.scale, self.offset, self.lo, self.hi)
+        row = x if x.dim() == 2 else x.view(1, -1)
+        values = affine.quantize_to_bytes(row, self.scale, self.offset, self.lo, self.hi)
         acc = torch._int_mm(values, self.columns)
         if self.taken_off is not None:
             acc.sub_(self.taken_off)

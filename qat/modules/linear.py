@@ -27,10 +27,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
-        if self.calibrating or self.plan.weight is None:
-            return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
         if self._one_row and self._is_one_row(x):
             return self._one_row(x)
+        if self.calibrating or self.plan.weight is None:
+            return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             values = self.float_input(x)

@@ -190,7 +190,8 @@ def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None,
     for (piece, target, step, offset, (free, bounded)), mark in zip(_pieces(x, codes, scale, zero_point, spec), marks):
         rounded(piece, step, offset, spec, free)
         target.copy_(torch.clamp(free, fmt.lo, fmt.hi, out=bounded))
-        mark.copy_(free.gt_(bounded) if above_only else free.ne_(bounded))  # in place and cast: half the time of a comparison that makes booleans
+        # in place and cast: half the time of a comparison that makes booleans
+        mark.copy_(free.gt_(bounded) if above_only else free.ne_(bounded))
     return codes, beyond.view(torch.bool)
 
 
