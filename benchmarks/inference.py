@@ -75,6 +75,7 @@ def onnxruntime_int8(model: nn.Module, x: torch.Tensor) -> Callable[[], object] 
         quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow the others' turns
         session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)
