@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from qat.errors import UnsupportedError, nearest
 from qat.kernels.backends import FLOAT, INT_MM, ONEDNN, REFERENCE, Backend
@@ -136,7 +137,7 @@ def _as_operands(values: Tensor, offsets: Tensor | None, zero_point: int, bound:
     return x, LASTING.get(handle) or Weight(levels, level_bound)
 
 
-@torch.library.custom_op("qat::linear", mutates_args=())
+@custom_op("qat::linear", mutates_args=())
 def _linear(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int, levels: Tensor, level_bound: int,
             handle: int, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     x, w = _as_operands(values, offsets, zero_point, bound, levels, level_bound, handle)
@@ -148,7 +149,7 @@ def _(values, offsets, zero_point, bound, levels, level_bound, handle, multiplie
     return values.new_empty((values.shape[0], levels.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("qat::convolution", mutates_args=())
+@custom_op("qat::convolution", mutates_args=())
 def _convolution(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int, levels: Tensor, level_bound: int,
                  handle: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
                  multiplier: Tensor, bias: Tensor | None) -> Tensor:
