@@ -121,11 +121,13 @@ class QuantizedTransposedConvolution(QuantizedModule):
 
     def weight_matrix(self) -> Tensor:
         weight = self.weight
-        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2).flip(*range(3, weight.dim() + 1))
+        taps = list(range(3, weight.dim() + 1))
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2).flip(taps)
         return grouped.reshape(self.out_channels, self.in_channels // self.groups, *weight.shape[2:])
 
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
-        grouped = matrix.reshape(self.groups, -1, *matrix.shape[1:]).transpose(1, 2).flip(*range(3, matrix.dim() + 1))
+        taps = list(range(3, matrix.dim() + 1))
+        grouped = matrix.reshape(self.groups, -1, *matrix.shape[1:]).transpose(1, 2).flip(taps)
         return grouped.reshape(self.in_channels, self.out_channels // self.groups, *matrix.shape[2:])
 
     def forward(self, input: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
