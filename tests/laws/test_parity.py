@@ -16,6 +16,7 @@ from qat.modules.base import QuantizedModule
 from qat.numerics.formats import FORMATS
 from qat.recipe import PRESETS
 
+# 1-bit inputs behind a ReLU warn by design (tests/calibration holds that they do); here only parity is asked
 pytestmark = pytest.mark.filterwarnings("ignore:1-bit activations that never change sign")
 
 INTEGER = [n for n in PRESETS if n not in ("fp16", "bf16")]
@@ -121,6 +122,7 @@ def test_convolutions_without_a_batch_dimension(preset_input: Any, output: Any) 
     assert before(x).shape == model(x).shape
 
 
+# torch warns of its own float convolution with even kernels
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("geometry", [
     {"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "dilation": 2, "padding": 2},

@@ -137,6 +137,7 @@ def normed(kind: str) -> nn.Module:
     return nn.Sequential(wrap(conv), nn.BatchNorm2d(4), nn.ReLU(), wrap(nn.Conv2d(4, 2, 3)))
 
 
+# the old weight norm is deprecated by torch, and still in people's models
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("preset", ["w8a8", "w8a16", "w4a4"])

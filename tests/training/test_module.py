@@ -16,9 +16,6 @@ from qat.training import DigitsDataModule, QuantizationSchedule, QuantizedTraini
 from qat.training.data import TensorExamples
 from qat.training.module import WarmupCosine, parameter_groups
 
-# Lightning 2.6.6 makes a LeafSpec, which torch 2.13 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
 NETWORK = {"_target_": "qat.training.models.ResidualNet", "width": 4, "stages": 2}
 ACCURACY = {"accuracy": {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 10}}
 COSINE = {"_target_": "qat.training.WarmupCosine", "total_steps": "total_steps"}
