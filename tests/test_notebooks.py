@@ -20,7 +20,7 @@ SOURCES = sorted(FOLDER.glob("*.py"))
 
 def executed(source: Path) -> nbformat.NotebookNode:
     """The notebook of ``source`` with the outputs of a fresh kernel."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # or threads spin while they wait for a busy core
+    environment = {**os.environ, "GOMP_SPINCOUNT": "5000"}  # or threads spin while they wait for a busy core
     notebook = jupytext.read(source)
     NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False,
                    resources={"metadata": {"path": str(FOLDER.parent)}}).execute(env=environment)

@@ -32,7 +32,7 @@ EXECUTED = [c for c in COMMANDS if re.search(r"runs/mine|photos|model=mine", c)]
 def run(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "120"},
+        env={**os.environ, "GOMP_SPINCOUNT": "5000", "COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -78,27 +78,30 @@ def _ghost(like: Tensor, shape: torch.Size | None = None) -> Tensor:
 
 
 class _Quantize(torch.autograd.Function):
+    """Masks are uint8, 1 where gradient passes: a multiplication by them is in place and does not branch."""
+
     @staticmethod
     def forward(ctx, x, scale, offset, zero_point, grid):
         spec, fmt = grid.spec, grid.spec.fmt
         clamped = x
         if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
             clamped = x.clamp(grid.floor, grid.ceiling)
-        outside = None
+        inside = None
         ctx.absorbed = grid.floor == 0.0 and fmt.lo == (zero_point or 0) and not isinstance(zero_point, Tensor)
         if grid.clipped and fmt.grid == "sign":
-            outside = clamped.abs() > affine.aligned(scale, clamped, spec) * SIGN_WINDOW
+            inside = (clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW).view(torch.uint8)
             codes = affine.quantize(clamped, scale, zero_point, spec)
         elif grid.clipped:
-            codes, outside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=ctx.absorbed)
+            codes, inside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=ctx.absorbed)
         else:
             codes = affine.quantize(clamped, scale, zero_point, spec)
-        for end, beyond in ((None if ctx.absorbed else grid.floor, torch.le), (grid.ceiling, torch.ge)):
+        for end, within in ((None if ctx.absorbed else grid.floor, torch.gt), (grid.ceiling, torch.lt)):
             if end is not None:
-                outside = beyond(x, end) if outside is None else outside.logical_or_(beyond(x, end))
+                passes = within(x, end).view(torch.uint8)
+                inside = passes if inside is None else inside.bitwise_and_(passes)
         ctx.grid, ctx.zero_point = grid, zero_point
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(_sparse(outside), codes if learns or ctx.absorbed else None,
+        ctx.save_for_backward(_sparse(inside), codes if learns or ctx.absorbed else None,
                               *((x, scale, offset) if learns else (None,) * 3))
         ctx.mark_non_differentiable(codes)
         return _ghost(x), codes
@@ -106,72 +109,79 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        outside, codes, x, scale, offset = ctx.saved_tensors
+        inside, codes, x, scale, offset = ctx.saved_tensors
         g_scale = g_offset = None
         if x is not None:
-            g_scale, g_offset = _scale_gradient(g, _dense(outside, x), x, scale, codes, offset, ctx.zero_point,
+            g_scale, g_offset = _scale_gradient(g, _dense(inside, x), x, scale, codes, offset, ctx.zero_point,
                                                 ctx.grid)
+        if not ctx.needs_input_grad[0]:
+            return None, g_scale, g_offset, None, None
         # a gradient that reaches a carrier is nobody else's, so it can be masked in place
-        g_x = g if outside is None else _masked(g, outside)
+        if inside is not None:
+            g = _masked(g, inside)
         if ctx.absorbed:  # the absorbed ReLU's mask is in the codes themselves
-            g_x = torch.where(codes == ctx.grid.spec.fmt.lo, 0.0, g_x)
-        return g_x if ctx.needs_input_grad[0] else None, g_scale, g_offset, None, None
+            lo = ctx.grid.spec.fmt.lo
+            g = g.mul_(codes.clamp(max=1) if lo == 0 else codes.ne(lo).view(torch.uint8))
+        return g, g_scale, g_offset, None, None
 
 
-def _sparse(outside: Tensor | None) -> Tensor | None:
-    """A mask as what is cheapest to keep: nothing where it is empty, flat indices where it is thin, else itself."""
-    if outside is None or outside.device.type != "cpu" or torch.compiler.is_compiling():
-        return outside
-    count = int(outside.count_nonzero())
-    if count == 0:
+def _sparse(inside: Tensor | None) -> Tensor | None:
+    """A mask as what is cheapest to keep: nothing where all passes, the flat indices of a few zeros, else itself."""
+    if inside is None or inside.device.type != "cpu" or torch.compiler.is_compiling():
+        return inside
+    if bool(inside.all()):
         return None
-    thin = count * 64 < outside.numel() and outside.is_contiguous()
-    return outside.view(-1).nonzero().squeeze(1) if thin else outside
+    zeros = inside.numel() - int(inside.count_nonzero())
+    thin = zeros * 64 < inside.numel() and inside.is_contiguous()
+    return (inside.view(-1) == 0).nonzero().squeeze(1) if thin else inside
 
 
-def _masked(g: Tensor, outside: Tensor) -> Tensor:
-    """``g`` with zeros where ``outside`` says; in place where that is quick."""
-    if outside.dtype == torch.bool:
-        return torch.where(outside, 0.0, g)
+def _masked(g: Tensor, inside: Tensor) -> Tensor:
+    """``g`` with zeros where ``inside`` is zero, in place."""
+    if inside.dtype == torch.uint8:
+        return g.mul_(inside)
     if not g.is_contiguous():
         g = g.contiguous()
-    return g.view(-1).index_fill_(0, outside, 0.0).view(g.shape)
+    return g.view(-1).index_fill_(0, inside, 0.0).view(g.shape)
 
 
-def _dense(outside: Tensor | None, like: Tensor) -> Tensor | None:
-    """The bool mask that :func:`_sparse` was given, in the shape of ``like``."""
-    if outside is None or outside.dtype == torch.bool:
-        return outside
-    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    return mask.index_fill_(0, outside, True).view(like.shape)
+def _dense(inside: Tensor | None, like: Tensor) -> Tensor | None:
+    """The uint8 mask that :func:`_sparse` was given, in the shape of ``like``."""
+    if inside is None or inside.dtype == torch.uint8:
+        return inside
+    mask = torch.ones(like.numel(), dtype=torch.uint8, device=like.device)
+    return mask.index_fill_(0, inside, 0).view(like.shape)
 
 
-def _scale_gradient(g: Tensor, outside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
+def _scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
                     zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
     spec, fmt = grid.spec, grid.spec.fmt
-    g = affine.blocks(g, spec).float()
-    inside = torch.ones_like(g, dtype=torch.bool) if outside is None else ~affine.blocks(outside, spec)
+    g, codes = affine.blocks(g, spec).float(), affine.blocks(codes, spec)
+    inside = torch.ones((), dtype=torch.uint8, device=g.device) if inside is None else affine.blocks(inside, spec)
     shape = affine.scale_shape(x.shape, spec)
 
     def reduce(t: Tensor) -> Tensor:
         return affine.rows(t.reshape(x.shape), spec).sum(-1).reshape(shape) * grid.scale_gradient
 
     if grid.learned == "pact":
-        return reduce(g * (affine.blocks(codes, spec) == fmt.hi) * ~inside * fmt.hi), None
+        above = (codes == fmt.hi).view(torch.uint8) * (1 - inside)
+        return reduce((g * above).mul_(fmt.hi)), None
+    levels = affine.blocks(affine.levels(codes.reshape(x.shape), zero_point, spec, torch.float32), spec)
+    if fmt.grid == "sign":
+        return reduce(levels.mul_(g)), None
     aligned = affine.aligned(scale, g, spec)
     values = affine.blocks(x, spec).float()
     if grid.floor is not None or grid.ceiling is not None:
         values = values.clamp(grid.floor, grid.ceiling)
-        inside = inside | (affine.blocks(x, spec) <= (grid.floor if grid.floor is not None else -torch.inf))
+        if grid.floor is not None:
+            inside = inside | (affine.blocks(x, spec) <= grid.floor).view(torch.uint8)
     if offset is not None:
         beta = affine.aligned(offset, g, spec)
-        slope = (affine.blocks(codes, spec).float() - fmt.lo) - torch.where(inside, (values - beta) / aligned, 0.0)
-        return reduce(g * slope), reduce(g * ~inside)
-    levels = affine.blocks(affine.levels(codes, zero_point, spec), spec).float() * fmt.unit
-    if fmt.grid == "sign":
-        return reduce(g * levels), None
-    return reduce(g * (levels - torch.where(inside, values / aligned, 0.0))), None
+        slope = (codes.float() - fmt.lo).sub_(((values - beta) / aligned).mul_(inside))
+        return reduce(slope.mul_(g)), reduce(g * (1 - inside))
+    slope = levels.mul_(fmt.unit).sub_((values / aligned).mul_(inside))
+    return reduce(slope.mul_(g)), None
 
 
 # --------------------------------------------------------------------------------------------- integer products

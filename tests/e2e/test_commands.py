@@ -22,7 +22,7 @@ def start(folder, script, *arguments):
     return subprocess.Popen(
         [sys.executable, ROOT / f"{script}.py", *map(str, arguments)],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"},
+        env={**os.environ, "GOMP_SPINCOUNT": "5000", "COLUMNS": "200"},
         # a parent in the background may ignore Ctrl-C, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
