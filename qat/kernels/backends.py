@@ -67,8 +67,7 @@ def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Ten
         y = (acc if taken_off is None else acc - taken_off).float() * multiplier
         return y if bias is None else y.add_(bias)
     y = torch.empty_like(acc, dtype=torch.float32)
-    size = max(1, affine.PIECE * acc.shape[0] // acc.numel())
-    for target, piece in zip(y.split(size), acc.split(size)):  # in pieces that stay in the cache
+    for target, piece in zip(affine.pieces(y), affine.pieces(acc)):
         target.copy_(piece if taken_off is None else piece.sub_(taken_off)).mul_(multiplier)
         if bias is not None:
             target.add_(bias)

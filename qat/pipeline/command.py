@@ -23,6 +23,7 @@ from rich.markup import escape
 import qat
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim
 from qat.reporting import compare, read_csv
@@ -42,6 +43,7 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         full = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (a.lower() for a in sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them its own way
         OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+        keep_freed_memory()
         console = Console()
         if not full:
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
