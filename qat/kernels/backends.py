@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat.kernels.contract import Activation, Geometry, Weight, check_int32
 from qat.numerics import affine
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.formats import TensorSpec
 
 INT32_LIMIT = 2**31
 
@@ -295,31 +295,36 @@ class OneRow:
 
     The expressions are those of quantize, :class:`IntMM` and :func:`rescale`; what does not change is computed once.
     At one row the calls themselves are what costs: this is a third of the time of going through all floors.
+
+    Args:
+        spec: of the codes: affine.
+        w: the weight.
+        multiplier_w: what one level of the weight is worth, (out,) or ().
+        bias: (out,) or None.
+        scale, zero_point: of the codes; no scale: that of the row itself (symmetric).
     """
 
-    def __init__(self, x: QuantizedTensor, w: Weight, multiplier: Tensor, bias: Tensor | None) -> None:
-        fmt, zero_point = x.spec.fmt, int(x.zero_point or 0)
+    def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None,
+                 scale: Tensor | None, zero_point: int = 0) -> None:
+        fmt = spec.fmt
         shift = 128 if fmt.signed else 0
-        self.scale, self.offset = x.scale, torch.tensor(float(zero_point + shift))
+        self.spec, self.scale, self.offset = spec, scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift
         self.columns = w.levels.t()
         self.taken_off = w.row_sums() * (zero_point + shift) if zero_point + shift else None
-        self.multiplier, self.bias = multiplier, bias
-
-    @staticmethod
-    def serves(x: QuantizedTensor, w: Weight) -> bool:
-        """Whether a layer with such codes can be served: one scale, an affine grid, and the matrix-vector kernel."""
-        return (x.spec.fmt.grid == "affine" and x.scale.dim() == 0 and not isinstance(x.zero_point, Tensor)
-                and INT_MM.supports_linear(Activation.of(x), w))
+        self.multiplier = multiplier_w if scale is None else scale * multiplier_w
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (..., in) with one row in all; float32 (..., out)."""
         row = x if x.dim() == 2 else x.view(1, -1)
-        values = affine.quantize_to_bytes(row, self.scale, self.offset, self.lo, self.hi)
-        acc = torch._int_mm(values, self.columns)
+        scale = affine.symmetric_scale(row, self.spec) if self.scale is None else self.scale
+        acc = torch._int_mm(affine.quantize_to_bytes(row, scale, self.offset, self.lo, self.hi), self.columns)
         if self.taken_off is not None:
             acc.sub_(self.taken_off)
         y = acc.mul(self.multiplier)
+        if self.scale is None:
+            y.mul_(scale)
         if self.bias is not None:
             y.add_(self.bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)

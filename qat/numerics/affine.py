@@ -103,6 +103,11 @@ def choose_qparams(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor,
     return scale, zero_point.to(torch.int32)
 
 
+def symmetric_scale(x: Tensor, spec: TensorSpec) -> Tensor:
+    """The scale of :func:`choose_qparams` for one row of signed symmetric codes, in the fewest calls; float32, ()."""
+    return round_scale(torch.linalg.vector_norm(x, torch.inf) / spec.fmt.span, spec)
+
+
 def round_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
     """``scale`` as the spec stores it: positive, finite, rounded to ``scale_dtype`` or up to a power of two; float32.
 
