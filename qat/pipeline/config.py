@@ -49,6 +49,12 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")
     if not values["metrics"]:
         raise ConfigError("metrics needs at least one torchmetrics config: the first one is the score of the table.")
+    logged = ["train_loss", "val_loss", *(f"val_{name}" for name in values["metrics"])]
+    for section in ("checkpoint", "early_stopping"):
+        monitor = values[section]["monitor"]
+        if monitor is not None and monitor not in logged:
+            raise ConfigError(f"{section}.monitor: {monitor!r} is not logged{nearest(str(monitor), logged) or '.'} "
+                              f"Logged are {', '.join(logged)}.")
     for name in ("seed", "fold"):
         if not isinstance(values[name], int) or values[name] < 0:
             raise ConfigError(f"{name} must be a whole number of at least 0, not {values[name]!r}.")

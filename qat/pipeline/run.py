@@ -42,7 +42,7 @@ from qat.reporting import Results, read_csv, report
 from qat.training.build import build, check_arguments
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import ClassificationData, stream_seed
-from qat.training.module import QuantizedTraining
+from qat.training.module import QuantizedTraining, call_network, shapes
 
 
 class Run:
@@ -83,7 +83,9 @@ class Run:
         """
         if not (self.folder / "stages" / "ptq.json").exists():
             # A recipe that does not fit the network is an error now, and not after an hour of float training.
-            qat.prepare(build(self.config["model"], "model"), self.recipe, self._example, inplace=True)
+            network = build(self.config["model"], "model")
+            _check_fit(network, self._example)
+            qat.prepare(network, self.recipe, self._example, inplace=True)
         path = self.folder / "config.yaml"
         text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
         if not path.exists():
@@ -289,3 +291,18 @@ class Run:
             title: {stage: sorted(points.items()) for stage, points in stages.items()}
             for title, stages in curves.items()
         }
+
+
+def _check_fit(network: nn.Module, example: Any) -> None:
+    """Run the network on one example of the data.
+
+    Raises:
+        ConfigError: it cannot take it (a wrong number of inputs or channels, say).
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            call_network(network.eval(), example)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        said = json.dumps(shapes(example))
+        raise ConfigError(f"model: {type(network).__name__} cannot take the inputs that data gives, {said}: "
+                          f"{str(error).strip().splitlines()[0]}. Set the options of model= to fit data=.") from error
