@@ -193,12 +193,24 @@ class Dependencies:
             if key in self.layouts:
                 self.layouts[key].hold(reason)
 
+    def opaque(self, call: Call, reason: str) -> None:
+        """Neither what this layer reads nor what it makes can leave."""
+        assert call.module is not None
+        self.hold(call, reason)
+        if (call.module, "out") not in self.made:
+            module: Any = self.modules[call.module]
+            made = self.made[call.module, "out"] = Axis(
+                next(getattr(module, k) for k in ("out_features", "out_channels", "embedding_dim")
+                     if hasattr(module, k)), call.module)  # fmt: skip
+            made.hold(reason)
+            self.axes.append(made)
+
     def layer(self, call: Call, module: Any, source: Layout | None) -> None:
         assert call.module is not None
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            self.hold(call, f"the weight of {call.module} is computed by a hook or parametrization")
-            return
         shape, out = self.trace.shapes[call.inputs[0]], call.outputs[0]
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            self.opaque(call, f"the weight of {call.module} is computed by a hook or parametrization")
+            return
         transposed = isinstance(module, Transposed)
         groups = module.groups if isinstance(module, Conv) else 1
         inner, outer = {True: (0, 1), False: (1, 0)}[transposed or isinstance(module, nn.Embedding)]
@@ -208,10 +220,9 @@ class Dependencies:
             source.hold(f"{call.module} does not read them along its inputs")
             source = None
         if groups > 1:
-            if source is None:
-                return
-            if groups != module.in_channels:
-                source.hold(f"{call.module} is a grouped convolution")
+            if source is None or groups != module.in_channels:
+                self.opaque(call, f"{call.module} is a grouped convolution" if source is not None else
+                            f"{call.module} follows the channels of its input, which stay")
                 return
             each = module.out_channels // groups                # depthwise: each channel makes ``each`` of its own
             wide = tuple((axis, repeat * each) for axis, repeat in source.segments)
@@ -269,7 +280,7 @@ class Dependencies:
         place = places.pop()
         first = known[0][0]
         for layout, _ in known[1:]:
-            self.unify(first.segments, layout.segments, "added to channels that are arranged in another way")
+            self.unify(first.segments, layout.segments, "combined with channels that are arranged in another way")
         for key in call.inputs:
             shape = self.trace.shapes[key]
             if key not in self.layouts and len(shape) >= -place and shape[place] != 1:
@@ -538,13 +549,20 @@ def _replace(modules: Mapping[str, nn.Module], tensors: Mapping[str, Iterable[st
             store: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
             old = store[key]
             if id(old) not in made:
-                new = make(name, key, old.detach()).clone(memory_format=torch.preserve_format)
+                new = make(name, key, old.detach()).clone(memory_format=_memory_format(old))
                 made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 made[id(made[id(old)])] = made[id(old)]
             store[key] = made[id(old)]
             shapes[key] = list(made[id(old)].shape)
         _set_sizes(module)
         module.__dict__["pruned_shapes"] = module.__dict__.get("pruned_shapes", {}) | shapes
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    for dims, fmt in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and tensor.is_contiguous(memory_format=fmt) and not tensor.is_contiguous():
+            return fmt
+    return torch.contiguous_format
 
 
 def _set_sizes(module: nn.Module) -> None:

@@ -48,11 +48,14 @@ def reasons(report: qat.ChannelReport) -> dict[str, str]:
 def test_every_kind_of_dependency() -> None:
     model, x = zoo.batch_norms_of_any_sign(Wired()).eval(), torch.randn(2, 3, 6, 6)
     cut, report = qat.prune_channels(model, x)
-    assert groups(report) == {("excite", "side", "stem"): (22, 22), ("head",): (10, 10), ("squeeze",): (4, 2),
-                              ("up",): (6, 3)} or groups(report)[("up",)] == (6, 3)  # fmt: skip
+    assert groups(report) == {("stem",): (8, 8), ("side",): (6, 6), ("squeeze",): (4, 2), ("excite",): (22, 22),
+                              ("up",): (6, 3), ("head",): (10, 10)}  # fmt: skip
+    assert reasons(report)["stem"] == "combined with channels that are arranged in another way", "two layers, one gate"
     assert reasons(report)["head"] == "the model returns them"
-    assert cut.head.in_features == 3 * 9 and cut.head.weight.shape == (10, 27)
-    assert cut.up.out_channels == 3 and cut.squeeze.out_channels == cut.excite.in_channels == 2
+    assert cut.head.in_features == 3 * 9
+    assert cut.head.weight.shape == (10, 27)
+    assert cut.up.out_channels == 3
+    assert cut.squeeze.out_channels == cut.excite.in_channels == 2
     assert cut(x).shape == (2, 10)
     assert model.head.in_features == 54, "the caller's model is not changed"
 
@@ -75,12 +78,14 @@ def test_depthwise_and_concatenation_follow() -> None:
     cut, report = qat.prune_channels(Padded().eval(), x)
     assert groups(report) == {("a",): (8, 4), ("b",): (4, 2), ("last",): (5, 5)}
     assert (cut.depthwise.groups, cut.depthwise.in_channels, cut.depthwise.out_channels) == (4, 4, 8)
-    assert cut.norm.num_features == 10 and cut.last.in_channels == 10
+    assert cut.norm.num_features == 10
+    assert cut.last.in_channels == 10
     _, report = qat.prune_channels(Joined().eval(), x)
-    assert groups(report)[("b",)] == (4, 4) and "getitem" in reasons(report)["b"], "slices are not understood, and said"
+    assert groups(report)[("b",)] == (4, 4)
+    assert "getitem" in reasons(report)["b"], "slices are not understood, and said"
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "transposed", "1d", "3d", "residual"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "1d", "3d", "residual"])
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
 def test_cut_models_quantize_and_load_onto_the_unpruned_skeleton(name: str, recipe: str, tmp_path: Any) -> None:
     x = zoo.inputs(name, 3)
@@ -109,8 +114,6 @@ def test_removing_channels_is_not_reading_them() -> None:
     with torch.no_grad():
         model[2].weight[:, gone] = 0
     torch.testing.assert_close(cut(x), model(x))
-    strength = [float(model[0].weight[i].square().sum()) for i in range(6)]
-    assert len(strength) == 6
 
 
 def test_the_least_important_channels_leave() -> None:
@@ -126,7 +129,8 @@ def test_the_least_important_channels_leave() -> None:
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.hidden, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.first, self.norm, self.hidden = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 16)
+        self.last = nn.Linear(16, 8)
         self.grouped, self.head = nn.Linear(8, 4), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,8 +144,9 @@ def test_what_mixes_channels_is_left_and_said() -> None:
     said = reasons(report)
     assert groups(report)[("hidden",)] == (16, 8)
     assert "LayerNorm norm mixes them" in said["first"] == said["last"]
-    assert "chunk" in said["grouped"] and said["head"] == "the model returns them"
-    assert "hidden: 16 -> 8 channels" in str(report) and "first, last" in str(report) or "last, first" in str(report)
+    assert "chunk" in said["grouped"]
+    assert said["head"] == "the model returns them"
+    assert "hidden: 16 -> 8 channels" in str(report)
 
 
 def test_grouped_convolutions_and_weights_read_as_functions_are_left() -> None:
@@ -185,13 +190,16 @@ def test_shared_layers_and_options() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(torch.relu(self.same(torch.relu(self.same(torch.relu(self.a(x)))))))
 
-    cut, report = qat.prune_channels(Twice(), torch.randn(2, 4), sparsity=0.3, multiple_of=4)
-    assert set(reasons(report)) >= {"b"}
-    cut, report = qat.prune_channels(Twice(), torch.randn(2, 4), sparsity=0.3)
+    cut, _ = qat.prune_channels(Twice(), torch.randn(2, 4), sparsity=0.6, multiple_of=2)
+    assert cut.a.out_features == 4, "3 of 8, rounded up to a multiple of 2"
+    with pytest.raises(PruneError, match="a, same: too few for multiple_of"):
+        qat.prune_channels(Twice(), torch.randn(2, 4), multiple_of=8)
+    cut, _ = qat.prune_channels(Twice(), torch.randn(2, 4), sparsity=0.3)
     assert cut.same.weight.shape == (6, 6), "its inputs are its own outputs"
     model = Twice()
     same, _ = qat.prune_channels(model, torch.randn(2, 4), inplace=True)
-    assert same is model and model.a.out_features == 4
+    assert same is model
+    assert model.a.out_features == 4
     with pytest.raises(PruneError, match="no layer, did you mean 'same'"):
         qat.prune_channels(Twice(), torch.randn(2, 4), exclude=["sam"])
     with pytest.raises(PruneError, match="excluded"):
@@ -212,12 +220,13 @@ def test_ties_dtypes_frozen_parameters_and_hooks_stay() -> None:
     assert cut.table.weight.shape == (11, 4) or reasons(report)
     assert not cut.body.weight.requires_grad
     half, _ = qat.prune_channels(MLP(16, (8,)).to(torch.bfloat16), torch.randn(2, 16, dtype=torch.bfloat16))
-    assert half[1].weight.dtype == torch.bfloat16 and half[1].out_features == 4
+    assert half[1].weight.dtype == torch.bfloat16
+    assert half[1].out_features == 4
     last = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)).to(memory_format=torch.channels_last)
     cut, _ = qat.prune_channels(last, torch.randn(1, 2, 4, 4))
     assert cut[0].weight.is_contiguous(memory_format=torch.channels_last)
-    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
-                           nn.Linear(8, 2))  # fmt: skip
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 8),
+                           nn.ReLU(), nn.Linear(8, 2))  # fmt: skip
     cut, report = qat.prune_channels(normed, torch.randn(2, 4))
     assert groups(report) == {("2",): (8, 4), ("4",): (2, 2)}
 
@@ -228,13 +237,14 @@ def test_shapes_are_checked_before_they_are_taken(tmp_path: Any) -> None:
     shapes = pruned_shapes(cut)
     again = take_shapes(ResidualNet(width=4, stages=2), shapes)
     again.load_state_dict(cut.state_dict())
-    assert torch.equal(again.eval()(x), cut(x)) and pruned_shapes(again) == shapes == pruned_shapes(copy.deepcopy(cut))
+    assert torch.equal(again.eval()(x), cut(x))
+    assert pruned_shapes(again) == shapes == pruned_shapes(copy.deepcopy(cut))
     assert pruned_shapes(nn.Sequential(cut)) == {f"0.{n}": s for n, s in shapes.items()}
-    for damage, message in (({"stem.0.weight": [9, 1, 3, 3]}, "cannot become"), ({"stem.0.weight": [2]}, "cannot become"),
-                            ({"stem.0.weight": [0, 1, 3, 3]}, "cannot become"), ({"trunk.weight": [1]}, "does not have"),
-                            ({"stem.0.weight": [2.0, 1, 3, 3]}, "cannot become")):  # fmt: skip
-        with pytest.raises(PruneError, match=message):
-            take_shapes(ResidualNet(width=4, stages=2), damage)
+    for damage in ([9, 1, 3, 3], [2], [0, 1, 3, 3], [2.0, 1, 3, 3]):
+        with pytest.raises(PruneError, match="cannot become"):
+            take_shapes(ResidualNet(width=4, stages=2), {"stem.0.weight": damage})
+    with pytest.raises(PruneError, match="does not have"):
+        take_shapes(ResidualNet(width=4, stages=2), {"trunk.weight": [1]})
     _, deployed = zoo.assert_parity(cut, "w8a8", x)
     qat.save(deployed, tmp_path / "out")
     with pytest.raises(CheckpointError, match="does not fit this architecture"):
@@ -259,3 +269,20 @@ def test_the_training_module_rebuilds_a_cut_network() -> None:
     module.network.load_state_dict(cut.state_dict(), strict=False)
     assert module.network.stem[0].out_channels == 2
     json.dumps(dict(module.hparams))
+
+
+def test_a_gate_follows_the_channels_it_opens() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand, self.depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+            self.norm, self.squeeze, self.excite = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+            self.project = nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.hardswish(self.norm(self.depthwise(F.relu6(self.expand(x)))))
+            return x + self.project(h * F.hardsigmoid(self.excite(self.squeeze(h.mean((2, 3), keepdim=True)))))
+
+    cut, report = qat.prune_channels(Gated().eval(), torch.randn(2, 3, 4, 4))
+    assert groups(report) == {("excite", "expand"): (8, 4), ("squeeze",): (2, 1), ("project",): (3, 3)}
+    assert cut.depthwise.groups == cut.excite.out_channels == cut.project.in_channels == 4

@@ -116,7 +116,8 @@ def test_the_share_is_exact_and_the_least_go(scope: str, share: float) -> None:
     found = masks(model)
     total = sum(m.numel() for m in found.values())
     gone = sum(int((~m).sum()) for m in found.values())
-    assert gone == (round(share * total) if scope == "global" else sum(round(share * m.numel()) for m in found.values()))
+    each = sum(round(share * m.numel()) for m in found.values())
+    assert gone == (round(share * total) if scope == "global" else each)
     for name, mask in found.items():
         weight = quantized_modules(model)[name].weight_matrix().abs()
         assert mask.any(), "global pruning has cut off a layer"
@@ -318,11 +319,12 @@ def test_sparsity_grows_on_the_cubic_and_stands_still_in_the_end(method: str, re
     assert gone[:3] == [0, 0, 0]
     shares = [0.5 * (1 - (1 - step / 6) ** 3) for step in (0, 2, 4, 6)]
     assert [gone[3], gone[5], gone[7], gone[9]] == [pytest.approx(s * total, abs=len(watch.seen[0])) for s in shares]
-    assert gone[4] == gone[3] and gone[6] == gone[5]
+    assert gone[4] == gone[3]
+    assert gone[6] == gone[5]
     for seen in watch.seen[9:]:
         assert all(torch.equal(seen[n], watch.seen[9][n]) for n in seen)
     x = torch.randn(4, 1, 4, 4)
-    deployed, certificate = qat.convert(network, [x])
+    _, certificate = qat.convert(network, [x])
     assert certificate.equal
     assert all(certificate.sparsity[n]["zeros"] >= int((~m).sum()) for n, m in watch.seen[-1].items())
     if method == "nm_2_4":
