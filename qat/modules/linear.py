@@ -33,7 +33,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if self._one_row and self._is_one_row(x):
             return self._one_row(x)
         if self.calibrating or self.plan.weight is None:
-            return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
+            return self.finish(F.linear(self.float_input(x), self.float_weight(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             values = self.float_input(x)
@@ -79,7 +79,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Any:
         indices = input
         if self.calibrating or self.plan.weight is None:
-            return self.finish(self._look_up(indices, self.weight))
+            return self.finish(self._look_up(indices, self.float_weight()))
         table = self.quantized_weight()
         if table.carrier is not None:
             return self.finish(self._look_up(indices, table.dequantize(self.weight.dtype)))

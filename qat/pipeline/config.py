@@ -15,8 +15,8 @@ from qat.training.callbacks import QuantizationSchedule
 
 # What describes the run, and is stored with it ...
 STORED = (
-    "seed", "fold", "model", "data", "recipe", "schedule", "loss", "metrics", "optimizer", "scheduler", "trainer",
-    "checkpoint", "early_stopping", "logger",
+    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "loss", "metrics", "optimizer", "scheduler",
+    "trainer", "checkpoint", "early_stopping", "logger",
 )  # fmt: skip
 # ... and what describes one call of the command.
 OF_THE_CALL = ("resume", "debug", "allow_targets", "run", "deployed")
@@ -44,6 +44,10 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         "schedule.",
     )
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
+    pruning = qat.Pruning.from_dict(values["prune"])
+    if pruning.masks and values["checkpoint"]["monitor"]:
+        raise ConfigError("checkpoint.monitor keeps the best weights, which may be from before the pruning was done: "
+                          "with prune= leave it out.")
     check_keys(values["checkpoint"], ("every_n_steps", "monitor", "mode"), "checkpoint.")
     check_keys(values["early_stopping"], ("monitor", "patience", "mode", "min_delta"), "early_stopping.")
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")
@@ -67,7 +71,8 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         check(values["scheduler"], "scheduler", "optimizer")
     for name, metric in values["metrics"].items():
         check(metric, f"metrics.{name}")
-    return {key: values[key] for key in STORED} | {"recipe": read_recipe(values["recipe"]).to_dict()}
+    written_out = {"recipe": read_recipe(values["recipe"]).to_dict(), "prune": pruning.to_dict()}
+    return {key: values[key] for key in STORED} | written_out
 
 
 def read_recipe(section: Mapping[str, Any] | None) -> qat.Recipe:
