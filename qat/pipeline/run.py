@@ -108,9 +108,10 @@ class Run:
                 continue
             start = time.perf_counter()
             said = getattr(self, f"_{name}")()
-            write_text(done, json.dumps(said, indent=1))
+            seconds = time.perf_counter() - start
+            write_text(done, json.dumps({**said, "seconds": round(seconds, 1)}, indent=1))
             words = "  ".join(f"{key} {value}" for key, value in said.items())
-            self.console.print(f"{head} {words}  [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+            self.console.print(f"{head} {words}  [dim]{seconds:.1f} s[/]", highlight=False)
         results = self._results
         self.console.print(results.render())
         return results
