@@ -176,6 +176,12 @@ class Composite(QuantizedModule):
         """The products, by name."""
         return {n: m for n, m in self._modules.items() if isinstance(m, Part)}
 
+    def finished(self, y: Tensor) -> Tensor:
+        """The output, on the grid of the output quantizer if there is one; composites pass values on, not codes."""
+        result = self.finish(y)
+        assert isinstance(result, Tensor)
+        return result
+
     def part_macs(self, total: int) -> dict[str, int]:
         """The multiply-accumulates of each part where the composite made ``total``: each weight is used as often."""
         sizes = {n: p.weight.numel() for n, p in self.parts.items()}
