@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
-from qat.kernels import ste
+from qat.kernels import ste, table
+from qat.kernels.backends import FewCalls
 from qat.modules.base import LayerPlan, register
 from qat.modules.composite import Composite, Operand, Part, Source
 from qat.numerics.tensor import QuantizedTensor
@@ -145,19 +146,44 @@ class Stepped:
         part, operand: the part and its weight.
         dtype: what the state is rounded to in front of the product: the model's dtype.
         watched: the inputs of all steps, if somebody asked for them; else None.
+        short: the product in the fewest calls, where there is a short way; None before the first step.
     """
 
     def __init__(self, part: Part, dtype: torch.dtype) -> None:
         self.part, self.dtype = part, dtype
         self.operand: Operand = part.operand(dtype)
         self.watched: list[Tensor] | None = None
+        self.short: FewCalls | bool | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, in) to float32 (rows, out); differentiable step by step."""
         x = x.to(self.dtype)
         if self.watched is not None:
             self.watched.append(x.detach())
+        if not torch.is_grad_enabled() and x.shape[0]:
+            if self.short is None:
+                self.short = self._short_way(x)
+            if isinstance(self.short, FewCalls):
+                return self.short(x)
         return self.part(x, self.operand, torch.float32)
+
+    def _short_way(self, x: Tensor) -> FewCalls | bool:
+        """The product in the fewest calls, or False; the same bits."""
+        part, quantizer, operand = self.part, self.part.input_quantizer, self.operand
+        if (part.calibrating or operand.codes is None or operand.kernel is None or part._forward_hooks
+                or part._forward_pre_hooks or quantizer is None or isinstance(quantizer, DynamicQuantizer)
+                or not _only_places(quantizer) or not _has_range(quantizer) or x.dtype != torch.float32
+                or x.device.type != "cpu" or operand.codes.spec.granularity == "per_group" or table.overridden()):
+            return False
+        if isinstance(quantizer, StaticQuantizer) and quantizer.observing:
+            return False
+        scale, zero_point, grid, _ = quantizer.placing(x)
+        codes = ste.quantize(x, scale.detach(), zero_point, grid)
+        if grid.floor is not None or grid.ceiling is not None or not FewCalls.serves(codes, operand.kernel):
+            return False
+        call = ste.Product(codes, operand.codes, operand.kernel)
+        bias = None if operand.bias is None else operand.bias.detach().float()
+        return FewCalls(codes, operand.kernel, call.scale_x() * call.multiplier_w(), bias)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -177,6 +203,11 @@ class Stepped:
         (quantizer.observe if self.part.calibrating else quantizer.follow)(seen)
 
 
+def _only_places(quantizer: Quantizer) -> bool:
+    """Whether a quantizer does nothing but put values on a grid, and nobody listens in."""
+    return type(quantizer).quantize is Quantizer.quantize and not quantizer._forward_hooks
+
+
 def _has_range(quantizer: Quantizer | None) -> bool:
     return not isinstance(quantizer, StaticQuantizer) or quantizer.calibrated or not quantizer.observer.empty
 
@@ -190,13 +221,14 @@ class Recorded(Stepped):
 
     def __init__(self, stepped: Stepped, like: Tensor) -> None:
         self.part, self.operand, self.dtype = stepped.part, stepped.operand, stepped.dtype
-        self.watched = stepped.watched
+        self.watched, self.short = stepped.watched, None
         self.records: list[tuple[Any, ...]] = []
         quantizer = self.part.input_quantizer
         self.placing = None if quantizer is None or isinstance(quantizer, DynamicQuantizer) else quantizer.placing(like)
         weight = self.operand.values if self.operand.codes is None else self.operand.codes.carrier
         scale, offset = (self.placing[0], self.placing[3]) if self.placing is not None else (None, None)
         self.leaves = [weight, self.operand.bias, scale, offset]
+        self.learns = any(t is not None and t.requires_grad for t in (scale, offset))
 
     @staticmethod
     def possible(stepped: Stepped) -> bool:
@@ -205,7 +237,7 @@ class Recorded(Stepped):
         quantizer = part.input_quantizer
         if part.calibrating or part._forward_hooks or part._forward_pre_hooks or not _has_range(quantizer):
             return False
-        return quantizer is None or (type(quantizer).quantize is Quantizer.quantize and not quantizer._forward_hooks)
+        return quantizer is None or _only_places(quantizer)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -219,11 +251,12 @@ class Recorded(Stepped):
         codes, inside = ste.quantize_marking(x, scale, zero_point, grid)
         placed = QuantizedTensor(codes, scale.detach(), zero_point, grid.spec, None, x.dtype)
         offsets = zero_point if isinstance(zero_point, Tensor) else None
-        self.records.append((codes, inside, placed.scale, offsets, x if self._learns() else None))
+        self.records.append((codes, inside, placed.scale, offsets, x if self.learns else None))
+        if self.short is None and x.shape[0]:
+            self.short = self._short_way(x)
+        if isinstance(self.short, FewCalls) and x.shape[0]:
+            return self.short.of_codes(codes)
         return self.part(placed, self.operand, torch.float32)
-
-    def _learns(self) -> bool:
-        return any(t is not None and t.requires_grad for t in self.leaves[2:])
 
     # ------------------------------------------------------------------ backward
 
@@ -247,7 +280,7 @@ class Recorded(Stepped):
         self.gradients.append(g)
         g_x = (g.to(self.backward_dtype) @ self.values).float()
         inside = self.records[step][1]
-        if self._learns():
+        if self.learns:
             self.input_gradients.append(g_x)
         return g_x if inside is None else g_x * inside
 
@@ -259,7 +292,7 @@ class Recorded(Stepped):
         if weight is not None and weight.requires_grad:
             g_weight = self._weight_gradient(g).to(weight.dtype)
         g_bias = g.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
-        if self._learns():
+        if self.learns:
             assert self.placing is not None
             assert scale is not None
             codes, inside, x = (torch.cat([r[i] for r in self.records]) if self.records[0][i] is not None else None
@@ -305,6 +338,7 @@ class Sweep:
         hidden: the recurrent product.
         projection: the product that projects the hidden state, or None.
         dtype: of the output.
+        kept: what the gates keep of each step for the backward; None: nothing.
     """
 
     gates: type[Gates]
@@ -313,7 +347,7 @@ class Sweep:
     hidden: Stepped
     projection: Stepped | None
     dtype: torch.dtype
-    kept: list[State] = field(default_factory=list)
+    kept: list[State] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -339,7 +373,8 @@ class Sweep:
             if self.projection is not None:
                 new = (self.projection(new[0]), *new[1:])
             outputs[step] = new[0].to(self.dtype)
-            self.kept.append(kept)
+            if self.kept is not None:
+                self.kept.append(kept)
             state = new if size == everyone else tuple(torch.cat([n, s[size:]]) for n, s in zip(new, state))
         return torch.cat(outputs), state
 
@@ -354,13 +389,11 @@ class Sweep:
 
     def _run(self, stepped: list[Stepped], x: Tensor, state: State) -> tuple[Tensor, State]:
         if not torch.is_grad_enabled() or not all(Recorded.possible(s) for s in stepped):
-            output, state = self.forward(x, state)
-            self.kept.clear()
-            return output, state
+            return self.forward(x, state)
         recorded = [Recorded(s, like) for s, like in zip(stepped, (state[0], state[-1]))]
         leaves = [t for r in recorded for t in r.leaves]
         sweep = Sweep(self.gates, self.sizes, self.reverse, recorded[0], recorded[1] if self.projection else None,
-                      self.dtype)
+                      self.dtype, [])
         output, *state_after = _ThroughTime.apply(sweep, len(state), x, *state, *leaves)
         return output, tuple(state_after)
 
@@ -377,7 +410,7 @@ class _ThroughTime(torch.autograd.Function):
         flat = [t for kept in lists for step in kept for t in step]
         ctx.save_for_backward(*flat)
         ctx.widths = [len(kept[0]) for kept in lists]
-        sweep.kept, parts[0].records = [], []
+        sweep.kept = None
         for part in parts:
             part.records, part.watched = [], None
         ctx.sweep, ctx.parts, ctx.count = sweep, parts, count
