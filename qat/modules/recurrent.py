@@ -45,7 +45,12 @@ class Gates:
     """What happens in one time step between the products, in float32.
 
     Shapes: gates (rows, gates * hidden); each tensor of the state (rows, hidden).
+
+    Attributes:
+        sums: both products enter as their sum only, so they have one gradient.
     """
+
+    sums: ClassVar[bool] = True
 
     @staticmethod
     def forward(x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
@@ -58,8 +63,12 @@ class Gates:
         raise NotImplementedError
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """The gradients of both products, and of the state before; from those of the state after."""
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
+        """The gradient of the state before (None: zero, but for the product); from that of the state after.
+
+        Args:
+            g_x, g_h: the gradients of both products are written here; one tensor for gates that only sum them.
+        """
         raise NotImplementedError
 
 
@@ -77,18 +86,20 @@ class LSTMGates(Gates):
         return (o * shown, cell), (opened, new, shown, state[1])
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
         opened, new, shown, cell = kept
         i, f, _, o = opened.chunk(4, -1)
         g_cell = g[1] + g[0] * o * (1 - shown * shown)
-        g_new = g_cell * i * (1 - new * new)
-        g_gates = torch.cat([g_cell * new, g_cell * cell, g_new, g[0] * shown], -1).mul_(opened * (1 - opened))
-        g_gates.chunk(4, -1)[2].copy_(g_new)
-        return g_gates, g_gates, [None, g_cell * f]
+        through = g_cell * i
+        torch.cat([g_cell * new, g_cell * cell, through, g[0] * shown], -1, out=g_h)
+        g_h.mul_(opened * (1 - opened)).chunk(4, -1)[2].copy_(through.mul_(1 - new * new))
+        return [None, g_cell * f]
 
 
 class GRUGates(Gates):
     """A reset gate, an update gate and a candidate."""
+
+    sums = False
 
     @staticmethod
     def forward(x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
@@ -100,12 +111,14 @@ class GRUGates(Gates):
         return (new + update * (state[0] - new),), (opened, new, recalled, state[0])
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
         opened, new, recalled, hidden = kept
         reset, update = opened.chunk(2, -1)
         g_new = g[0] * (1 - update) * (1 - new * new)
         g_opened = torch.cat([g_new * recalled, g[0] * (hidden - new)], -1).mul_(opened * (1 - opened))
-        return torch.cat([g_opened, g_new], -1), torch.cat([g_opened, g_new * reset], -1), [g[0] * update]
+        torch.cat([g_opened, g_new], -1, out=g_x)
+        torch.cat([g_opened, g_new * reset], -1, out=g_h)
+        return [g[0] * update]
 
 
 class TanhGates(Gates):
@@ -117,9 +130,9 @@ class TanhGates(Gates):
         return (new,), (new,)
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        g_gates = g[0] * (1 - kept[0] * kept[0])
-        return g_gates, g_gates, [None]
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
+        torch.mul(g[0], 1 - kept[0] * kept[0], out=g_h)
+        return [None]
 
 
 class ReLUGates(Gates):
@@ -131,9 +144,9 @@ class ReLUGates(Gates):
         return (new,), (new,)
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        g_gates = g[0] * (kept[0] > 0)
-        return g_gates, g_gates, [None]
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
+        torch.mul(g[0], kept[0] > 0, out=g_h)
+        return [None]
 
 
 # -------------------------------------------------------------------------------------- products, step by step
@@ -216,7 +229,8 @@ class Recorded(Stepped):
     """A stepped part whose backward is in closed form: one product for each step, one for the weight at the end.
 
     Attributes:
-        records: for each step what the backward needs: codes or values, mask, scale, zero point, input.
+        records: for each step, in the order of time once the backward begins, what it needs: codes or values, mask,
+            scale, zero point, input.
     """
 
     def __init__(self, stepped: Stepped, like: Tensor) -> None:
@@ -263,8 +277,7 @@ class Recorded(Stepped):
     def start(self) -> None:
         """Prepare to go back through time."""
         codes = self.operand.codes
-        self.gradients: list[Tensor] = []
-        self.input_gradients: list[Tensor] = []
+        self.input_gradients: dict[int, Tensor] = {}
         if codes is None:
             assert self.operand.values is not None
             low = self.operand.values.dtype in (torch.float16, torch.bfloat16)
@@ -277,16 +290,15 @@ class Recorded(Stepped):
 
     def back(self, step: int, g: Tensor) -> Tensor:
         """The gradient of one step's input, float32, from that of its output."""
-        self.gradients.append(g)
         g_x = (g.to(self.backward_dtype) @ self.values).float()
         inside = self.records[step][1]
         if self.learns:
-            self.input_gradients.append(g_x)
-        return g_x if inside is None else g_x * inside
+            self.input_gradients[step] = g_x
+            return g_x.clone() if inside is None else g_x * inside
+        return g_x if inside is None else g_x.mul_(inside)
 
-    def finish(self) -> list[Tensor | None]:
-        """The gradients of weight, bias, scale and offset."""
-        g = torch.cat(self.gradients[::-1])
+    def finish(self, g: Tensor) -> list[Tensor | None]:
+        """The gradients of weight, bias, scale and offset, from that of all outputs (rows, out)."""
         weight, bias, scale, offset = self.leaves
         g_weight = g_scale = g_offset = None
         if weight is not None and weight.requires_grad:
@@ -299,8 +311,9 @@ class Recorded(Stepped):
                                 for i in (0, 1, 4))
             assert codes is not None
             assert x is not None
-            g_scale, g_offset = ste.scale_gradient(torch.cat(self.input_gradients[::-1]), inside, x, scale.detach(),
-                                                   codes, offset, self.placing[1], self.placing[2])
+            g_input = torch.cat([self.input_gradients[i] for i in range(len(self.records))])
+            g_scale, g_offset = ste.scale_gradient(g_input, inside, x, scale.detach(), codes, offset, self.placing[1],
+                                                   self.placing[2])
         return [g_weight, g_bias, g_scale, g_offset]
 
     def _weight_gradient(self, g: Tensor) -> Tensor:
@@ -426,26 +439,31 @@ class _ThroughTime(torch.autograd.Function):
             taken, saved = saved[: width * len(sweep.sizes)], saved[width * len(sweep.sizes) :]
             lists.append([tuple(taken[i : i + width]) for i in range(0, len(taken), width)])
         for part, records in zip(parts, lists[1:]):
-            part.records = records
+            part.records = records[::-1] if sweep.reverse else records
             part.start()
-        outputs = g_output.float().split(list(sweep.sizes))
-        g_x = [g_output] * len(outputs)
+        sizes = list(sweep.sizes)
+        outputs = g_output.float().split(sizes)
+        g_h = outputs[0].new_empty(sum(sizes), parts[0].values.shape[0])
+        g_x = g_h if sweep.gates.sums else torch.empty_like(g_h)
+        slots_h, slots_x = g_h.split(sizes), g_x.split(sizes)
+        g_projected: list[Tensor] = [g_h] * len(sizes)
         g = [s.float() for s in g_state]
         everyone = g[0].shape[0]
-        for index, step in reversed(list(enumerate(sweep.steps))):
-            size = sweep.sizes[step]
+        for kept, step in zip(reversed(lists[0]), reversed(sweep.steps)):
+            size = sizes[step]
             live = g if size == everyone else [s[:size] for s in g]
             live = [live[0] + outputs[step], *live[1:]]
             if len(parts) > 1:
-                live[0] = parts[1].back(index, live[0])
-            g_x[step], g_h, before = sweep.gates.backward(lists[0][index], live)
-            through = parts[0].back(index, g_h)
-            before[0] = through if before[0] is None else through + before[0]
+                g_projected[step] = live[0]
+                live[0] = parts[1].back(step, live[0])
+            before = sweep.gates.backward(kept, live, slots_x[step], slots_h[step])
+            through = parts[0].back(step, slots_h[step])
+            before[0] = through if before[0] is None else through.add_(before[0])
             g = before if size == everyone else [torch.cat([b, s[size:]]) for b, s in zip(before, g)]
-        gradients = [t for part in parts for t in part.finish()]
+        gradients = parts[0].finish(g_h) + (parts[1].finish(torch.cat(g_projected)) if len(parts) > 1 else [])
         for part in parts:
             part.records = []
-        return (None, None, torch.cat(g_x), *g, *gradients)
+        return (None, None, g_x, *g, *gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ layers
