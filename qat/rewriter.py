@@ -329,7 +329,8 @@ def _part_params(part: Part, seen: set[Any]) -> int:
         holder, _, attribute = (path or "").rpartition(".")
         parameter = part.owner.get_submodule(holder)._parameters.get(attribute)
         if parameter is not None and (id(parameter), part.source.rows) not in seen:
-            if part.source.rows is not None or id(parameter) not in seen:
+            counted = path == part.source.weight and part.frozen     # by its codes
+            if not counted and (part.source.rows is not None or id(parameter) not in seen):
                 params += part.source.read(part.owner, str(path)).numel()
             seen |= {id(parameter), (id(parameter), part.source.rows)}
     return params
