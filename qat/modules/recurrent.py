@@ -185,7 +185,7 @@ class Stepped:
         part, quantizer, operand = self.part, self.part.input_quantizer, self.operand
         if (part.calibrating or operand.codes is None or operand.kernel is None or part._forward_hooks
                 or part._forward_pre_hooks or quantizer is None or isinstance(quantizer, DynamicQuantizer)
-                or not _only_places(quantizer) or not _has_range(quantizer) or x.dtype != torch.float32
+                or not quantizer.only_places or not _has_range(quantizer) or x.dtype != torch.float32
                 or x.device.type != "cpu" or operand.codes.spec.granularity == "per_group" or table.overridden()):
             return False
         if isinstance(quantizer, StaticQuantizer) and quantizer.observing:
@@ -214,11 +214,6 @@ class Stepped:
             quantizer.observing = True
         seen, self.watched = torch.cat(self.watched), None
         (quantizer.observe if self.part.calibrating else quantizer.follow)(seen)
-
-
-def _only_places(quantizer: Quantizer) -> bool:
-    """Whether a quantizer does nothing but put values on a grid, and nobody listens in."""
-    return type(quantizer).quantize is Quantizer.quantize and not quantizer._forward_hooks
 
 
 def _has_range(quantizer: Quantizer | None) -> bool:
@@ -251,7 +246,7 @@ class Recorded(Stepped):
         quantizer = part.input_quantizer
         if part.calibrating or part._forward_hooks or part._forward_pre_hooks or not _has_range(quantizer):
             return False
-        return quantizer is None or _only_places(quantizer)
+        return quantizer is None or quantizer.only_places
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)

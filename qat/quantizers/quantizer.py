@@ -79,6 +79,11 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def only_places(self) -> bool:
+        """Whether :meth:`placing` says all there is to quantizing: then others may do it in a way of their own."""
+        return type(self).quantize is Quantizer.quantize and not (self._forward_hooks or self._forward_pre_hooks)
+
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """The codes of ``x``, with a carrier for the gradient where one is needed.
 
