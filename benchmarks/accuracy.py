@@ -1,7 +1,7 @@
 """The ladder of bit widths: how far each scheme is from a float control with the same extra training.
 
-    python benchmarks/accuracy.py                                        # digits, every scheme, 5 folds x 3 seeds: hours
-    python benchmarks/accuracy.py task=lm recipe=w4a8,w2a8 seeds=3       # the byte language model
+    python benchmarks/accuracy.py                                       # digits, every scheme, 5 folds x 3 seeds: hours
+    python benchmarks/accuracy.py task=lm recipe=w4a8,w2a8 seeds=3      # the byte language model
     python benchmarks/accuracy.py recipe=w8a8,w4a4 folds=5 seeds=3 [out=<folder>] [any option of train.py]
 
 Each cell (recipe, fold, seed) is a whole run of train.py; float training and control are shared between the recipes

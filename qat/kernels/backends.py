@@ -290,18 +290,18 @@ class IntMM(Backend):
         return acc.reshape(batch, *spatial, out).movedim(-1, 1)
 
 
-class OneRow:
-    """One float32 row through a frozen linear layer on a CPU, in the fewest calls.
+class FewCalls:
+    """A few float32 rows through a linear layer whose ranges and weight stand still, on a CPU, in the fewest calls.
 
     The expressions are those of quantize, :class:`IntMM` and :func:`rescale`; what does not change is computed once.
-    At one row the calls themselves are what costs: this is a third of the time of going through all floors.
+    At few rows the calls themselves are what costs: one row takes a third of the time of going through all floors.
 
     Args:
         spec: of the codes: affine.
         w: the weight.
         multiplier_w: what one level of the weight is worth, (out,) or ().
         bias: (out,) or None.
-        scale, zero_point: of the codes; no scale: that of the row itself (symmetric).
+        scale, zero_point: of the codes; no scale: that of the row itself (symmetric; one row only).
     """
 
     def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None,
@@ -315,19 +315,35 @@ class OneRow:
         self.multiplier = multiplier_w if scale is None else scale * multiplier_w
         self.bias = bias
 
+    @staticmethod
+    def serves(values: Tensor, spec: TensorSpec, zero_point: Tensor | int | None, w: Weight) -> bool:
+        """Whether there is such a way for codes ``values``: one zero point, an affine grid, an integer kernel."""
+        return (values.device.type == "cpu" and spec.fmt.grid == "affine" and not isinstance(zero_point, Tensor)
+                and INT_MM.supports_linear(Activation(values, zero_point, 255), w))
+
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` (..., in) with one row in all; float32 (..., out)."""
-        row = x if x.dim() == 2 else x.view(1, -1)
-        scale = affine.symmetric_scale(row, self.spec) if self.scale is None else self.scale
-        acc = torch._int_mm(affine.quantize_to_bytes(row, scale, self.offset, self.lo, self.hi), self.columns)
+        """``x`` (rows, in), or (..., in) with one row in all; float32 (..., out)."""
+        rows = x if x.dim() == 2 else x.view(1, -1)
+        scale = affine.symmetric_scale(rows, self.spec) if self.scale is None else self.scale
+        y = self.product(affine.quantize_to_bytes(rows, scale, self.offset, self.lo, self.hi), scale)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """The same from codes (rows, in) of the fixed scale."""
+        return self.product(codes.view(torch.uint8) ^ 128 if self.spec.fmt.signed else codes, self.scale)
+
+    def product(self, values: Tensor, scale: Tensor | None) -> Tensor:
+        """The same from codes as bytes: signed ones moved up by 128."""
+        acc = torch._int_mm(values, self.columns)
         if self.taken_off is not None:
             acc.sub_(self.taken_off)
         y = acc.mul(self.multiplier)
         if self.scale is None:
+            assert scale is not None
             y.mul_(scale)
         if self.bias is not None:
             y.add_(self.bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        return y
 
 
 class FloatCarrier(Backend):

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.kernels import ste, table
-from qat.kernels.backends import INT_MM, OneRow
-from qat.kernels.contract import Activation
+from qat.kernels.backends import FewCalls
 from qat.modules.base import QuantizedModule, register
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
@@ -52,7 +51,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         source, weight = self.input_quantizer, self.quantized_weight()
         self._one_row = False
         if (source is None or self.output_quantizer is not None or weight.spec.granularity == "per_group"
-                or source.spec.fmt.grid != "affine" or source.ceiling is not None):
+                or source.ceiling is not None):
             return
         spec, fmt = source.spec, source.spec.fmt
         scale, zero_point = source.present() if isinstance(source, FrozenQuantizer) else (None, None)
@@ -63,10 +62,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         kernel = self.kernel_weight(weight)
         assert kernel is not None
         row = torch.zeros(1, self.in_features, dtype=fmt.dtype, device=weight.device)
-        if fits and weight.device.type == "cpu" and INT_MM.supports_linear(Activation(row, zero_point, 255), kernel):
+        if fits and FewCalls.serves(row, spec, zero_point, kernel):
             codes = QuantizedTensor(row, torch.ones(()), zero_point, spec)
-            self._one_row = OneRow(spec, kernel, ste.Product(codes, weight).multiplier_w(), self.bias, scale,
-                                   zero_point or 0)
+            self._one_row = FewCalls(spec, kernel, ste.Product(codes, weight).multiplier_w(), self.bias, scale,
+                                     zero_point or 0)
 
 
 @register
