@@ -10,6 +10,7 @@
 
 from qat import errors
 from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
+from qat.compression.adapters import adapter_state, add_adapters, load_adapter_state, merge_adapters
 from qat.deploy import Certificate, convert, load, save
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat
@@ -20,5 +21,6 @@ from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
 __all__ = ["Add", "Certificate", "Concat", "Coverage", "FakeQuantize", "QuantizationError", "QuantizedTensor", "Recipe",
-           "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
-           "is_prepared", "load", "prepare", "reestimate_batch_norm", "save", "set_observing"]
+           "Rule", "TensorSpec", "adapter_state", "add_adapters", "calibrate", "convert", "coverage", "errors",
+           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters",
+           "prepare", "reestimate_batch_norm", "save", "set_observing"]

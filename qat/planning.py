@@ -185,7 +185,7 @@ class Planner:
         products = self.products()
         if self.recipe.edges != "int8" or not products:
             return
-        weights = {n: getattr(self.modules[n], "weight", None) for n in self.result.layers}
+        weights = {n: self.modules[n]._parameters.get("weight") for n in self.result.layers}
         edges = {products[0], products[-1]}
         tied = {id(weights[e]) for e in edges if weights[e] is not None}
         for name, plan in self.result.layers.items():

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qat.errors import PrepareError
+from qat.modules.adapted import Adapted
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.functional import take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
@@ -304,6 +305,8 @@ def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: se
         reasons.append("ReLU absorbed" if plan.absorbs == (0.0, None) else f"clamp{plan.absorbs} absorbed")
     if plan.batch_norm:
         reasons.append(f"{plan.batch_norm} folded in eval")
+    if isinstance(module, Adapted):
+        reasons.append(f"adapter of rank {len(module.adapter_down)} inside the quantizer")
     if plan.output:
         reasons.append(f"output {plan.output}" + (" as codes" if plan.emits_codes else ""))
     return Row(name, plan.kind, "quantized", str(plan.weight or "float"), str(plan.input or "float"), params,

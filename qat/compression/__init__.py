@@ -1,0 +1,1 @@
+"""Less to train and less to ship."""
