@@ -122,7 +122,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Modu
         CheckpointError: the state is of another model, recipe or rank; the message names the tensors. The model is
             unchanged then.
     """
-    wanted = {n: v for n, v in adapter_state(model).items()}
+    wanted = adapter_state(model)
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = [f"{n} {tuple(state[n].shape)} for {tuple(v.shape)}" for n, v in wanted.items()
               if n in state and state[n].shape != v.shape]
@@ -191,7 +191,7 @@ def _targets(model: nn.Module, match: str | Sequence[str] | None,
                                    "same weight and would not see the adapter; leave the layer out with match=")
         targets[id(weight)] = weight, [other for other, _ in owners[id(weight)]]
     if not targets:
-        raise RecipeError("there is nothing to adapt: no linear layer or convolution is left that is not trained anyway")
+        raise RecipeError("adapters: nothing to adapt, no linear layer or convolution that is not trained anyway")
     return list(targets.values())
 
 

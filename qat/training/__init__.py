@@ -3,15 +3,19 @@
 from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
+from qat.training.finetune import QuantizationAware, deploy, quantize
 from qat.training.module import QuantizedTraining, WarmupCosine
 
 __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
+    "QuantizationAware",
     "QuantizationSchedule",
     "QuantizedTraining",
     "ResumableLoader",
     "WarmupCosine",
     "allow_targets",
     "build",
+    "deploy",
+    "quantize",
 ]
