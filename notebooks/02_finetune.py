@@ -199,7 +199,7 @@ state = qat.adapter_state(adapted.net)
 print(f"{sum(t.numel() * t.element_size() for t in state.values()):,} bytes:", *list(state)[:6], "...")
 
 # %% [markdown]
-# `deploy` merges: the codes of `base + correction` are frozen as they were trained, bit for bit, and no adapter is left.
+# `deploy` merges: the codes of `base + correction` are frozen as they were trained, bit for bit. No adapter is left.
 
 # %%
 deployed, certificate = deploy(adapted, new_held_out)

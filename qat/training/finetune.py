@@ -18,7 +18,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -32,7 +32,7 @@ from torchmetrics import Metric
 
 import qat
 from qat.deploy import Certificate
-from qat.errors import ConfigError, PrepareError, nearest
+from qat.errors import CheckpointError, ConfigError, PrepareError, nearest
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.quantizers.quantizer import Quantizer
 from qat.rewriter import decisions, prepare_as
@@ -50,13 +50,13 @@ Module = TypeVar("Module")
 class Options:
     """What `quantize` was told."""
 
-    recipe: qat.Recipe | None
-    network: str | None
-    example_inputs: Any
-    inputs: Callable[[Any], Any] | None
-    adapters: Mapping[str, Any] | None
-    scale_lr_factor: float
-    schedule: QuantizationSchedule
+    recipe: qat.Recipe | None = None
+    network: str | None = None
+    example_inputs: Any = None
+    inputs: Callable[[Any], Any] | None = None
+    adapters: Mapping[str, Any] | None = None
+    scale_lr_factor: float = 0.1
+    schedule: QuantizationSchedule = field(default_factory=QuantizationSchedule)
 
 
 def quantize(
@@ -80,7 +80,8 @@ def quantize(
             parameters, else the module itself. Names in the recipe, and ``qat.convert``, refer to this part.
         example_inputs: one batch of that network's inputs, for `qat.prepare`. None: the module's
             ``example_input_array``; else the structure is found symbolically or, where it cannot be, by running the
-            step on a batch of the training data.
+            step on a batch of the training data. (A checkpoint holds what was found, a bare state dict does not: give
+            them where one is to be loaded into another instance.)
         inputs: ``inputs(batch)`` gives the network's inputs (a tensor, a tuple of arguments or a dict of keyword
             arguments) for calibration. None: they are what the module's own step hands to the network: its
             ``training_step``, or under manual optimization its ``validation_step``.
@@ -94,7 +95,7 @@ def quantize(
         ConfigError: not a LightningModule; one that is quantized already; a network that does not exist.
         RecipeError: a recipe that cannot be read.
     """
-    kind = module if isinstance(module, type) else type(module)
+    kind: Any = module if isinstance(module, type) else type(module)
     if not issubclass(kind, L.LightningModule):
         raise ConfigError(f"quantize makes a LightningModule quantization-aware, not a {kind.__name__}; for any other "
                           "module there is qat.prepare.")
@@ -106,12 +107,7 @@ def quantize(
         recipe = qat.Recipe.preset(recipe)
     elif isinstance(recipe, Mapping):
         recipe = qat.Recipe.from_dict(recipe)
-    if adapters is not None:
-        known = [n for n in inspect.signature(qat.add_adapters).parameters if n not in ("model", "inplace")]
-        for key in adapters:
-            if key not in known:
-                raise ConfigError(f"adapters has no option {key!r}{nearest(str(key), known)}; options are "
-                                  f"{', '.join(known)}.")
+    _check_adapters(adapters)
     if scale_lr_factor < 0:
         raise ConfigError(f"scale_lr_factor is a factor on the learning rate, not {scale_lr_factor}.")
     options = Options(recipe, network, example_inputs, inputs, None if adapters is None else dict(adapters),
@@ -119,21 +115,29 @@ def quantize(
     if isinstance(module, type):
         return cast(Module, _quantized_class(module, options))
     aware = adopt(QuantizationAware, cast(nn.Module, module))
-    aware.__dict__["_qat_options"] = options
-    if network is not None:
-        _part(aware, network)
+    aware.__dict__["_qat_told"] = options
+    if network is not None and kind.configure_model is L.LightningModule.configure_model:
+        _part(aware, network)  # else the module may be made later
     return cast(Module, aware)
+
+
+def _check_adapters(adapters: Mapping[str, Any] | None) -> None:
+    known = [n for n in inspect.signature(qat.add_adapters).parameters if n not in ("model", "inplace")]
+    for key in adapters or ():
+        if key not in known:
+            raise ConfigError(f"adapters has no option {key!r}{nearest(str(key), known)}; options are "
+                              f"{', '.join(known)}.")
 
 
 def _quantized_class(kind: Any, options: Options) -> type:
     def new(cls, *args, **kwargs):
         module = kind.__new__(cls)
         # each instance calibrates, and is frozen, for itself
-        module.__dict__["_qat_options"] = replace(options, schedule=copy.deepcopy(options.schedule))
+        module.__dict__["_qat_told"] = replace(options, schedule=copy.deepcopy(options.schedule))
         return module
 
-    return type(f"Quantized{kind.__name__}", (QuantizationAware, kind),
-                {"__module__": kind.__module__, "__doc__": kind.__doc__, "__new__": new})
+    aware: Any = type(adopt(QuantizationAware, kind.__new__(kind)))
+    return type(aware.__name__, (aware,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "__new__": new})
 
 
 class QuantizationAware(L.LightningModule):
@@ -141,11 +145,15 @@ class QuantizationAware(L.LightningModule):
 
     # Everything of its own lies in __dict__ under names that begin with _qat, to be in nobody's way.
 
+    def _qat_options(self) -> Options:
+        # an instance that Lightning makes of type(module) was told nothing: its checkpoint decides
+        return self.__dict__.setdefault("_qat_told", Options())
+
     @property
     def quantized_network(self) -> nn.Module:
         """The part that is quantized: the module itself or a part of it; prepared once ``configure_model`` has run."""
         if "_qat_network" not in self.__dict__:
-            name = self.__dict__["_qat_options"].network
+            name = self._qat_options().network
             self.__dict__["_qat_network"] = _find_network(self) if name is None else name
         return _part(self, self.__dict__["_qat_network"])
 
@@ -154,7 +162,7 @@ class QuantizationAware(L.LightningModule):
     def configure_model(self) -> None:
         """The user's own ``configure_model``; then the modules are swapped, if there is a recipe; once."""
         super().configure_model()
-        options: Options = self.__dict__["_qat_options"]
+        options = self._qat_options()
         network = self.quantized_network
         if options.recipe is None or qat.is_prepared(network):
             return
@@ -168,7 +176,7 @@ class QuantizationAware(L.LightningModule):
         super().on_save_checkpoint(checkpoint)
         network = self.quantized_network
         if qat.is_prepared(network):
-            adapters = self.__dict__["_qat_options"].adapters
+            adapters = self._qat_options().adapters
             checkpoint[KEY] = {
                 "network": self.__dict__["_qat_network"],
                 "adapters": None if adapters is None else {k: _plain(v) for k, v in adapters.items()},
@@ -181,13 +189,16 @@ class QuantizationAware(L.LightningModule):
         super().on_load_checkpoint(checkpoint)
 
     def _qat_follow(self, stored: Any) -> None:
-        options: Options = self.__dict__["_qat_options"]
+        options = self._qat_options()
         if stored is None:
             if options.recipe is None:
                 raise ConfigError("This checkpoint holds no recipe: it is one of the float module. Give quantize a "
                                   "recipe to train it quantized.")
             return
-        wanted = {key: stored.get(key) for key in ("network", "adapters", "recipe")}
+        if not isinstance(stored, Mapping) or not isinstance(stored.get("network"), str):
+            raise CheckpointError(f"This checkpoint is damaged: {KEY!r} is not what QuantizationAware stores.")
+        wanted: dict[str, Any] = {key: stored.get(key) for key in ("network", "adapters", "recipe")}
+        _check_adapters(wanted["adapters"])
         if options.recipe is not None:
             mine = {"network": self.__dict__.get("_qat_network", wanted["network"]),
                     "adapters": options.adapters and {k: _plain(v) for k, v in options.adapters.items()},
@@ -204,7 +215,7 @@ class QuantizationAware(L.LightningModule):
             # The same recipe, but the structure was found in another way: back to the float modules, and again.
             network = self._qat_back()
         self.__dict__["_qat_network"] = wanted["network"]
-        self.__dict__["_qat_options"] = replace(options, recipe=qat.Recipe.from_dict(wanted["recipe"]),
+        self.__dict__["_qat_told"] = replace(options, recipe=qat.Recipe.from_dict(wanted["recipe"]),
                                                 adapters=wanted["adapters"])
         if wanted["adapters"] is not None:
             qat.add_adapters(network, **wanted["adapters"], inplace=True)
@@ -237,7 +248,7 @@ class QuantizationAware(L.LightningModule):
         trainer: Any = self.trainer
         if any(isinstance(c, QuantizationSchedule) for c in (*trainer.callbacks, *callbacks)):
             return callbacks
-        return [*callbacks, self.__dict__["_qat_options"].schedule]
+        return [*callbacks, self._qat_options().schedule]
 
     def configure_optimizers(self) -> Any:
         """The user's optimizers, with groups of their own for learned scales."""
@@ -248,7 +259,7 @@ class QuantizationAware(L.LightningModule):
             # trainer.estimated_stepping_batches sets the training loader up before Lightning 2.6 restores the loader's
             # position, which would be lost. Without a loader it sets one up again, at the right time.
             loop._combined_loader = None
-        give_scales_their_groups(self.quantized_network, configured, self.__dict__["_qat_options"].scale_lr_factor)
+        give_scales_their_groups(self.quantized_network, configured, self._qat_options().scale_lr_factor)
         return configured
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -268,7 +279,7 @@ class QuantizationAware(L.LightningModule):
         Raises:
             ConfigError: the module's step never calls the network.
         """
-        network, find = self.quantized_network, self.__dict__["_qat_options"].inputs
+        network, find = self.quantized_network, self._qat_options().inputs
         batches = list(batches)
         if find is not None:
             yield [find(batch) for batch in batches]
@@ -350,7 +361,7 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def _example(module: QuantizationAware, network: nn.Module) -> Iterator[Any]:
     """One batch of the network's inputs, from where there is one; None: nowhere."""
-    options: Options = module.__dict__["_qat_options"]
+    options = module._qat_options()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
 
     def moved(inputs: Any) -> Any:

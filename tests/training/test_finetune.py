@@ -267,7 +267,8 @@ def test_regression_1_reload(fitted, kind):
     assert isinstance(loaded, kind)
     assert_same(tensors(module), tensors(loaded))
     again = quantize(kind, RECIPE).load_from_checkpoint(path, weights_only=True)
-    for other in (loaded, again):
+    of_its_type = type(module).load_from_checkpoint(path, weights_only=True)
+    for other in (loaded, again, of_its_type):
         one, two = qat.coverage(module.quantized_network), qat.coverage(other.quantized_network)
         assert [(r.name, r.weight, r.input, r.reason) for r in one.rows] == [
             (r.name, r.weight, r.input, r.reason) for r in two.rows
@@ -529,10 +530,13 @@ def test_the_module_stays_what_it_was():
 def test_a_class_makes_quantized_instances(tmp_path):
     kind = quantize(Wrapped, "w8a8")
     one, two = kind(width=2), kind()
-    assert one.__dict__["_qat_options"].schedule is not two.__dict__["_qat_options"].schedule
+    assert one._qat_options().schedule is not two._qat_options().schedule
     one.configure_model()
     assert one.hparams.width == 2
     assert qat.is_prepared(one.model)
+    twin = pickle.loads(pickle.dumps(one))
+    assert torch.equal(twin.model.conv.weight, one.model.conv.weight)
+    assert isinstance(twin, QuantizationAware)
 
 
 def test_structure_is_found_in_the_training_data_where_tracing_fails(tmp_path):
@@ -551,6 +555,24 @@ def test_structure_is_found_in_the_training_data_where_tracing_fails(tmp_path):
               for m, path in ((module, None), (other, tmp_path / "model.ckpt"))]
     assert scores[0] == scores[1]
     assert other.encoder[0].plan.batch_norm == "encoder.1"
+
+
+def test_a_network_that_configure_model_makes(tmp_path):
+    class Late(Wrapped):
+        def configure_model(self):
+            if not isinstance(self.model, Network):
+                self.model = Network()
+
+        def __init__(self):
+            super().__init__()
+            self.model = None
+
+    module = quantize(Late(), "w8a8", network="model")
+    fit = trainer(tmp_path, epochs=1)
+    fit.fit(module, loader(), loader())
+    fit.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = quantize(Late).load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert_same(tensors(module), tensors(loaded))
 
 
 def test_example_input_array(tmp_path):
@@ -627,7 +649,7 @@ def test_user_callbacks_and_a_schedule_of_the_trainer_come_first(tmp_path):
         run = trainer(tmp_path, epochs=1, callbacks=given, enable_checkpointing=True)
         run.fit(module, loader(), loader())
         found = [c for c in run.callbacks if isinstance(c, QuantizationSchedule)]
-        assert found == (given or [module.__dict__["_qat_options"].schedule])
+        assert found == (given or [module._qat_options().schedule])
         assert any(isinstance(c, ModelCheckpoint) and c.dirpath.endswith("own") for c in run.callbacks)
 
 
@@ -676,6 +698,9 @@ def test_misuse_is_typed(fitted, tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             call()
+    for damaged in ([], {"network": None}, {"network": "model", "adapters": {"rnk": 1}}, {"network": "model"}):
+        with pytest.raises(qat.QuantizationError):
+            quantize(Wrapped()).on_load_checkpoint({"qat": damaged})
     with pytest.raises(qat.errors.RecipeError, match="matches nothing"):
         quantize(Wrapped(), {"rules": [{"match": {"name": "nothing"}, "weight": "int8"}]}).configure_model()
     with pytest.raises(ConfigError, match=r"say qat\.training\.quantize"):
