@@ -10,7 +10,17 @@
 
 from qat import errors
 from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
-from qat.compression import ChannelReport, Pruning, prune, prune_channels, sparsity
+from qat.compression import (
+    ChannelReport,
+    Pruning,
+    adapter_state,
+    add_adapters,
+    load_adapter_state,
+    merge_adapters,
+    prune,
+    prune_channels,
+    sparsity,
+)
 from qat.deploy import Certificate, convert, load, save
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat
@@ -21,6 +31,7 @@ from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "FakeQuantize", "Pruning", "QuantizationError",
-           "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors",
-           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "prepare", "prune", "prune_channels",
-           "reestimate_batch_norm", "save", "set_observing", "sparsity"]
+           "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state", "add_adapters", "calibrate", "convert",
+           "coverage", "errors", "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "load_adapter_state",
+           "merge_adapters", "prepare", "prune", "prune_channels", "reestimate_batch_norm", "save", "set_observing",
+           "sparsity"]

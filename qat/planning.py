@@ -89,7 +89,7 @@ class Product:
 
     def shares(self, other: Product, modules: Mapping[str, nn.Module]) -> bool:
         """Whether both are one weight."""
-        mine, theirs = (getattr(modules[p.holder], p.attribute, None) for p in (self, other))
+        mine, theirs = (modules[p.holder]._parameters.get(p.attribute) for p in (self, other))
         return mine is not None and mine is theirs and self.rows == other.rows
 
 

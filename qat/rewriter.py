@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.errors import PrepareError
+from qat.errors import PrepareError, RecipeError
+from qat.modules.adapted import Adapted
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
@@ -98,6 +99,47 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     for call in trace.calls if trace else ():
         if call.module is not None:
             macs[call.module] = macs.get(call.module, 0) + call.macs
+    model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
+    _check_active(model)
+    return model
+
+
+def decisions(model: nn.Module) -> dict[str, Any]:
+    """What ``prepare`` decided for a prepared model, as plain data that a training checkpoint can hold.
+
+    :func:`prepare_as` carries it out on a fresh float model, without example inputs.
+    """
+    state = prepared_state(model)
+    functions = None if state.functions is None else [[c.owner, c.function, c.macs, list(c.parameters)]
+                                                      for c in state.functions]
+    return {"recipe": state.recipe.to_dict(), "plan": state.plan.to_dict(), "functions": functions,
+            "macs": dict(state.macs)}
+
+
+def prepare_as(model: nn.Module, decided: Mapping[str, Any]) -> nn.Module:
+    """Swap the modules of a float ``model``, in place, as :func:`decisions` of another one of its kind says.
+
+    A model that is prepared in this very way takes over what the other one has seen of its calls.
+
+    Raises:
+        PrepareError: it is prepared already, in another way, or has other modules.
+        RecipeError: the data are of another version.
+    """
+    try:
+        recipe, plan = Recipe.from_dict(decided["recipe"]), Plan.from_dict(decided["plan"])
+        functions = None if decided["functions"] is None else [
+            Call(None, function, owner, [], [], 0, macs, parameters)
+            for owner, function, macs, parameters in decided["functions"]]
+        macs = dict(decided["macs"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(f"these are not the decisions of this version of prepare: {error}") from None
+    if is_prepared(model):
+        state = prepared_state(model)
+        if state.plan.to_dict() != plan.to_dict():
+            raise PrepareError("this model is prepared already, in another way")
+        state.functions, state.macs = functions, macs
+        return model
+    model = carry_out(model, plan)
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)
     return model
@@ -349,6 +391,8 @@ def _quantized_row(name: str, module: QuantizedModule, macs: int, params: int) -
         reasons.append("ReLU absorbed" if plan.absorbs == (0.0, None) else f"clamp{plan.absorbs} absorbed")
     if plan.batch_norm:
         reasons.append(f"{plan.batch_norm} folded in eval")
+    if isinstance(module, Adapted):
+        reasons.append(f"adapter of rank {len(module.adapter_down)} inside the quantizer")
     if plan.output:
         reasons.append(f"output {plan.output}" + (" as codes" if plan.emits_codes else ""))
     inside = "in parts" if plan.parts else "float"

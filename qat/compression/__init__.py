@@ -1,6 +1,9 @@
-"""Smaller than quantized: pruned weights that are level 0 in the packed integers, and layers with fewer channels."""
+"""Less to train and less to ship: low-rank adapters, pruned weights that are level 0 in the packed integers, narrower
+layers."""
 
+from qat.compression.adapters import adapter_state, add_adapters, load_adapter_state, merge_adapters
 from qat.compression.channels import ChannelReport, prune_channels
 from qat.compression.pruning import Pruning, prune, sparsity
 
-__all__ = ["ChannelReport", "Pruning", "prune", "prune_channels", "sparsity"]
+__all__ = ["ChannelReport", "Pruning", "adapter_state", "add_adapters", "load_adapter_state", "merge_adapters", "prune",
+           "prune_channels", "sparsity"]

@@ -9,7 +9,6 @@ moment, either the old checkpoint is there or the new one.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import json
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from qat.compression.adapters import merge_adapters
 from qat.compression.channels import pruned_shapes, take_shapes
 from qat.deploy.convert import drop_folded, share_codes
 from qat.errors import CheckpointError, PrepareError, QuantizationError
@@ -130,7 +130,8 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         recipe, plan = Recipe.from_dict(manifest["recipe"]), Plan.from_dict(manifest["plan"])
         if is_prepared(skeleton):
             raise PrepareError("the skeleton is prepared already: give the float architecture")
-        model = carry_out(take_shapes(copy.deepcopy(skeleton), manifest.get("pruned_shapes", {})), plan).eval()
+        model = take_shapes(merge_adapters(skeleton), manifest.get("pruned_shapes", {}))
+        model = carry_out(model, plan).eval()
     except (QuantizationError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} does not fit this architecture: {error}") from None
     modules = quantized_modules(model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.compression.adapters import merge_adapters
 from qat.compression.pruning import sparsity
 from qat.errors import ConvertError, NotCalibratedError, ParityError
 from qat.modules.base import QuantizedModule
@@ -115,14 +116,15 @@ def _ready(quantizer: Quantizer) -> bool:
 def freeze(model: nn.Module) -> None:
     """Freeze every quantized module of ``model``, in place; see :func:`convert` for the proof."""
     model.eval()
+    for part in model.modules():
+        if isinstance(part, NarrowFloat):
+            part.freeze()
+    merge_adapters(model, inplace=True)
     modules = quantized_modules(model)
     for module in modules.values():
         with torch.no_grad():
             module.freeze()
     share_codes(modules)
-    for part in model.modules():
-        if isinstance(part, NarrowFloat):
-            part.freeze()
     drop_folded(model)
     model.requires_grad_(False)
     left = [n for n, m in model.named_modules() if isinstance(m, StaticQuantizer)]

@@ -93,10 +93,24 @@ def adopt(mixin: type, module: nn.Module) -> Any:
 def _adopted_type(mixin: Any, kind: Any) -> Any:
     if issubclass(mixin, kind):
         return mixin
+    prefix = getattr(mixin, "_prefix", None)     # of a mixin that leaves the module the type it was, to whoever asks
     name = mixin.__name__ if kind.__module__.startswith("torch.") else f"Quantized{kind.__name__}"
-    return type(name, (mixin, kind), {"__module__": mixin.__module__, "__doc__": mixin.__doc__,
-                                      "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind),
-                                                                               self.__getstate__())})
+    return type(f"{prefix}{kind.__name__}" if prefix else name, (mixin, kind), {
+        "__module__": kind.__module__ if prefix else mixin.__module__, "__doc__": mixin.__doc__,
+        "_adopted": (mixin, kind),
+        "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind), self.__getstate__())})
+
+
+def shed(mixin: type, module: nn.Module) -> nn.Module:
+    """``module`` without ``mixin``, which it adopted: the inverse of :func:`adopt`; its attributes stay."""
+    kind: Any = type(module)
+    module.__class__ = _without(mixin, kind)
+    return module
+
+
+def _without(mixin: Any, kind: Any) -> Any:
+    top, below = kind.__dict__["_adopted"]
+    return below if top is mixin else _adopted_type(top, _without(mixin, below))
 
 
 def _rebuilt(mixin: type, kind: type) -> Any:

@@ -37,8 +37,8 @@ class Observer(nn.Module):
         super().__init__()
         self.spec = spec
         size = affine.scale_shape(shape, spec) if shape is not None else ()
-        self.register_buffer("low", torch.full(size, torch.inf))
-        self.register_buffer("high", torch.full(size, -torch.inf))
+        self.register_buffer("low", torch.full(size, torch.inf, dtype=torch.float32))
+        self.register_buffer("high", torch.full(size, -torch.inf, dtype=torch.float32))
 
     @property
     def empty(self) -> bool:
@@ -148,7 +148,7 @@ class HistogramObserver(Observer):
             raise SpecError(f"observer {spec.observer} keeps one histogram: it needs granularity: per_tensor "
                             f"(weights: minmax or mse)")
         self.register_buffer("histogram", torch.zeros(BINS, dtype=torch.float64))
-        self.register_buffer("width", torch.zeros(()))
+        self.register_buffer("width", torch.zeros((), dtype=torch.float32))
 
     def reset(self) -> None:
         super().reset()

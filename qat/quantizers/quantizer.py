@@ -234,7 +234,7 @@ class StaticQuantizer(Quantizer):
         super().__init__(spec, shape)
         self.observer = make_observer(spec, shape)
         size = self.observer.low.shape
-        self.register_buffer("scale", torch.full(size, torch.nan))
+        self.register_buffer("scale", torch.full(size, torch.nan, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
         self.register_buffer("range_frozen", torch.zeros((), dtype=torch.bool))
         self._fixed_zero_point: int | None = None
@@ -331,7 +331,7 @@ class FrozenQuantizer(Quantizer):
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
         self._zero_point: int | None = None if self.zero_point is None else 0
 
@@ -376,8 +376,8 @@ class LearnedQuantizer(StaticQuantizer):
         if spec.scale_dtype != "float32" or spec.power_of_two:
             raise SpecError("a learned scale is free: leave out scale_dtype and power_of_two")
         size = self.scale.shape
-        self.log_scale = nn.Parameter(torch.full(size, torch.nan))
-        self.offset = nn.Parameter(torch.zeros(size)) if spec.learned == "lsq_plus" else None
+        self.log_scale = nn.Parameter(torch.full(size, torch.nan, dtype=torch.float32))
+        self.offset = nn.Parameter(torch.zeros(size, dtype=torch.float32)) if spec.learned == "lsq_plus" else None
 
     def settle(self) -> None:
         super().settle()

@@ -3,6 +3,7 @@
 from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
+from qat.training.finetune import QuantizationAware, deploy, quantize
 from qat.training.module import QuantizedTraining, WarmupCosine
 from qat.training.pruning import PruningSchedule
 
@@ -10,10 +11,13 @@ __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
     "PruningSchedule",
+    "QuantizationAware",
     "QuantizationSchedule",
     "QuantizedTraining",
     "ResumableLoader",
     "WarmupCosine",
     "allow_targets",
     "build",
+    "deploy",
+    "quantize",
 ]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Any, cast
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 import qat
+from qat.calibration.ranges import activation_quantizers
 from qat.errors import ConfigError
-from qat.training.module import QuantizedTraining
+from qat.rewriter import prepared_state
 
 
 class QuantizationSchedule(L.Callback):
@@ -20,9 +25,12 @@ class QuantizationSchedule(L.Callback):
     What holds at a step is a function of the step alone (and of whether calibration has happened, which is saved), so
     a resumed run continues in the same state. Validation and testing never move a range: observing is off meanwhile.
 
+    It works with `QuantizedTraining`, and with any LightningModule that `quantize` made quantization-aware.
+
     Args:
-        calibration_batches: batches of training data that set the static ranges before the first step; 0: the network
-            arrives calibrated.
+        calibration_batches: batches of training data that set the static ranges before the first step (and before the
+            sanity check); a network that arrives calibrated keeps its ranges. They come from the data module's
+            ``calibration_dataloader()``, if it has one.
         observe: let the observers of static ranges follow the activations until the ranges are frozen.
         freeze_ranges_at: fraction of the run's optimizer steps; 1 or more: never.
         freeze_batch_norm_at: the same for batch-norm statistics.
@@ -45,7 +53,6 @@ class QuantizationSchedule(L.Callback):
         self.observe = observe
         self.freeze_ranges_at, self.freeze_batch_norm_at = freeze_ranges_at, freeze_batch_norm_at
         self.calibrated = False
-        self.total_steps = 0
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,23 +61,37 @@ class QuantizationSchedule(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.calibrated = state_dict["calibrated"]
 
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The first validation comes before the first training step, and needs ranges too.
+        loop = trainer.fit_loop
+        fresh = loop._combined_loader is None
+        loop.setup_data()
+        self._calibrate(trainer, pl_module)
+        if fresh:
+            loop._combined_loader = None  # training sets it up at its own time, as without a sanity check
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        network = _network(pl_module)
-        self.total_steps = int(trainer.estimated_stepping_batches)
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
-        if not self.calibrated and self.calibration_batches:
-            qat.calibrate(network, _inputs(trainer, pl_module, self.calibration_batches))
+        self._calibrate(trainer, pl_module)
+        self._enter(_network(pl_module), trainer)
+
+    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = _network(pl_module)
+        missing = any(not q.calibrated for q in activation_quantizers(network))
+        unseen = prepared_state(network).functions is None and not self.calibrated
+        if self.calibration_batches and (missing or unseen):
+            with _inputs(trainer, pl_module, self.calibration_batches) as inputs:
+                qat.calibrate(network, inputs)
         self.calibrated = True
-        self._enter(network, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(_network(pl_module), trainer.global_step)
+        self._enter(_network(pl_module), trainer)
 
-    def _enter(self, network: nn.Module, step: int) -> None:
+    def _enter(self, network: nn.Module, trainer: L.Trainer) -> None:
         """Bring the network into the state of this step."""
-        progress = step / self.total_steps
+        progress = _progress(trainer)
         if progress >= self.freeze_ranges_at and not self._ranges_frozen:
             qat.set_observing(network, False)
             qat.freeze_ranges(network)
@@ -94,25 +115,60 @@ class QuantizationSchedule(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # After fit and not after training: a run resumed from its very last checkpoint has no step left to do.
         if self.reestimate_batches:
-            network = _network(pl_module)
-            qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches))
+            with _inputs(trainer, pl_module, self.reestimate_batches) as inputs:
+                qat.reestimate_batch_norm(_network(pl_module), inputs)
 
 
 def _network(pl_module: L.LightningModule) -> nn.Module:
-    network = cast(QuantizedTraining, pl_module).network
+    network = getattr(pl_module, "quantized_network", None)
     if network is None or not qat.is_prepared(network):
-        raise ConfigError("QuantizationSchedule needs a prepared network: give QuantizedTraining a recipe.")
+        raise ConfigError(
+            "QuantizationSchedule needs a prepared network: say qat.training.quantize(module, recipe), or give "
+            "QuantizedTraining a recipe."
+        )
     return network
 
 
-def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterable[Any]:
-    """The inputs of ``count`` training batches; the training loader keeps its position."""
+def _progress(trainer: L.Trainer) -> float:
+    """The fraction of the run that is behind us; 0 where the run has no end."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step / trainer.estimated_stepping_batches
+    # Under manual optimization a batch may take any number of optimizer steps, so batches are counted.
+    batches = trainer.num_training_batches * (trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf)
+    by_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return max(by_batches / batches, trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0)
+
+
+@contextmanager
+def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterator[Iterable[Any]]:
+    """The network's inputs in ``count`` training batches; training loaders and random numbers stay where they are."""
+    feeding: Any = pl_module.feeding
+    with (
+        trainer.precision_plugin.forward_context(),
+        isolate_rng(),
+        feeding(_batches(trainer, pl_module, count)) as inputs,
+    ):
+        yield inputs
+
+
+def _batches(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterator[Any]:
     data = trainer.datamodule  # type: ignore[attr-defined]
-    loader = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else trainer.train_dataloader
-    assert loader is not None  # Lightning makes it before the first hook of the fit loop
-    position = loader.state_dict() if hasattr(loader, "state_dict") else None
-    split = cast(QuantizedTraining, pl_module).split
-    for batch in itertools.islice(loader, count):
-        yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
-    if position is not None:
-        loader.load_state_dict(position)
+    if hasattr(data, "calibration_dataloader"):
+        loaders: Any = data.calibration_dataloader()
+        combined = CombinedLoader(loaders, "max_size_cycle")
+    else:
+        training = trainer.fit_loop._combined_loader
+        assert training is not None  # Lightning makes it before the first hook of the fit loop
+        combined = CombinedLoader(training.iterables, training._mode)
+    positions = [(part, part.state_dict()) for part in combined.flattened if hasattr(part, "state_dict")]
+    for part in combined.flattened:
+        if isinstance(part, Iterator):
+            raise ConfigError(
+                "The training data is an iterator: what calibration takes from it would be missing in training. Give "
+                "the data module a calibration_dataloader()."
+            )
+    for batch, _, _ in itertools.islice(combined, count):
+        converted = trainer.precision_plugin.convert_input(batch)
+        yield trainer.strategy.batch_to_device(converted, pl_module.device)
+    for part, position in positions:
+        part.load_state_dict(position)

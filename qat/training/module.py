@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -124,6 +125,16 @@ class QuantizedTraining(L.LightningModule):
                 attach(network, pruning)
         self.network = network
         self._configured = True
+
+    @property
+    def quantized_network(self) -> nn.Module | None:
+        """The network; prepared, if there is a recipe, once ``configure_model`` has run."""
+        return self.network
+
+    @contextmanager
+    def feeding(self, batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
+        """The network's inputs in these batches, for `qat.calibrate` and the like."""
+        yield (self.split(batch)[0] for batch in batches)
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """A batch as (inputs, target)."""
