@@ -7,10 +7,15 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from torch import distributed as dist
 from torch import nn
 
 import qat
+from qat.calibration import merge_batch_norm, merge_ranges, processes, start_merging
 from qat.errors import ConfigError
+from qat.modules.normalization import QuantizedBatchNorm
 from qat.training.module import QuantizedTraining
 
 
@@ -20,9 +25,12 @@ class QuantizationSchedule(L.Callback):
     What holds at a step is a function of the step alone (and of whether calibration has happened, which is saved), so
     a resumed run continues in the same state. Validation and testing never move a range: observing is off meanwhile.
 
+    With several processes (DDP) ranges and batch-norm statistics are merged after each step, so that all processes have
+    the same scales at every step, bit for bit, and fold the same gains. ``Trainer(sync_batchnorm=True)`` works too.
+
     Args:
         calibration_batches: batches of training data that set the static ranges before the first step; 0: the network
-            arrives calibrated.
+            arrives calibrated. Several processes deal them out among themselves.
         observe: let the observers of static ranges follow the activations until the ranges are frozen.
         freeze_ranges_at: fraction of the run's optimizer steps; 1 or more: never.
         freeze_batch_norm_at: the same for batch-norm statistics.
@@ -54,19 +62,37 @@ class QuantizationSchedule(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.calibrated = state_dict["calibrated"]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        strategy: Any = trainer.strategy
+        if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
+            strategy._layer_sync = SynchronizedBatchNorm()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network = _network(pl_module)
+        if processes.several_processes():
+            _check_batch_counts(trainer)
         self.total_steps = int(trainer.estimated_stepping_batches)
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
         if not self.calibrated and self.calibration_batches:
             qat.calibrate(network, _inputs(trainer, pl_module, self.calibration_batches))
         self.calibrated = True
+        if processes.several_processes():
+            start_merging(network)
         self._enter(network, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._enter(_network(pl_module), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if processes.several_processes():
+            network = _network(pl_module)
+            if self._observing:
+                merge_ranges(network)
+            merge_batch_norm(network)
 
     def _enter(self, network: nn.Module, step: int) -> None:
         """Bring the network into the state of this step."""
@@ -98,6 +124,41 @@ class QuantizationSchedule(L.Callback):
             qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches))
 
 
+class SynchronizedBatchNorm(LayerSync):
+    """What ``Trainer(sync_batchnorm=True)`` does to a prepared network: its batch norms stay and are still folded.
+
+    `QuantizationSchedule` puts it in the place of Lightning's plugin, which would exchange the modules.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return self._synchronize(model, True)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self._synchronize(model, False)
+
+    @staticmethod
+    def _synchronize(model: nn.Module, on: bool) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, QuantizedBatchNorm):
+                module.synchronized = on
+        return model
+
+
+def _check_batch_counts(trainer: L.Trainer) -> None:
+    """Processes with different numbers of batches would wait for each other for ever: say so instead.
+
+    Raises:
+        ConfigError: on all of them.
+    """
+    count = torch.tensor([float(trainer.num_training_batches)], dtype=torch.float64)
+    least, greatest = (processes.reduced(count, op).item() for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if least != greatest:
+        raise ConfigError(
+            f"One process has {least:g} training batches, another {greatest:g}: all need the same number. Use a "
+            "DistributedSampler, or limit_train_batches."
+        )
+
+
 def _network(pl_module: L.LightningModule) -> nn.Module:
     network = cast(QuantizedTraining, pl_module).network
     if network is None or not qat.is_prepared(network):
@@ -106,13 +167,16 @@ def _network(pl_module: L.LightningModule) -> nn.Module:
 
 
 def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterable[Any]:
-    """The inputs of ``count`` training batches; the training loader keeps its position."""
+    """The inputs of ``count`` training batches, or this process's share; the training loader keeps its position.
+
+    A ``calibration_dataloader`` gives all processes the same batches, of which each takes its own.
+    """
     data = trainer.datamodule  # type: ignore[attr-defined]
     loader = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else trainer.train_dataloader
     assert loader is not None  # Lightning makes it before the first hook of the fit loop
     position = loader.state_dict() if hasattr(loader, "state_dict") else None
     split = cast(QuantizedTraining, pl_module).split
-    for batch in itertools.islice(loader, count):
+    for batch in itertools.islice(loader, trainer.global_rank, count, trainer.world_size):
         yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
     if position is not None:
         loader.load_state_dict(position)
