@@ -32,7 +32,23 @@ CANDIDATES = 100
 """How many clipping ranges a search tries."""
 
 
-class Observer(nn.Module):
+class KeepsPrecision(nn.Module):
+    """A module whose own tensors stay in their floating-point type when a model is cast: scales, ranges, histograms."""
+
+    def _apply(self, fn, recurse=True):
+        """Move and cast with the model, but without rounding anything of its own."""
+        kept = [(store, key, value) for store in (self._buffers, self._parameters)
+                for key, value in store.items() if value is not None and value.is_floating_point()]
+        kept = [(store, key, value.detach().clone()) for store, key, value in kept]
+        super()._apply(fn, recurse)
+        for store, key, value in kept:
+            moved = store[key]
+            if moved is not None and moved.dtype != value.dtype:
+                moved.data = value.to(moved.device)
+        return self
+
+
+class Observer(KeepsPrecision):
     """Least and greatest value seen, for each scale.
 
     Args:
@@ -49,8 +65,8 @@ class Observer(nn.Module):
         super().__init__()
         self.spec = spec
         size = affine.scale_shape(shape, spec) if shape is not None else ()
-        self.register_buffer("low", torch.full(size, torch.inf))
-        self.register_buffer("high", torch.full(size, -torch.inf))
+        self.register_buffer("low", torch.full(size, torch.inf, dtype=torch.float32))
+        self.register_buffer("high", torch.full(size, -torch.inf, dtype=torch.float32))
 
     @property
     def empty(self) -> bool:
@@ -270,7 +286,7 @@ class HistogramObserver(Observer):
             raise SpecError(f"observer {spec.observer} keeps one histogram: it needs granularity: per_tensor "
                             f"(weights: minmax or mse)")
         self.register_buffer("histogram", torch.zeros(BINS, dtype=torch.float64))
-        self.register_buffer("width", torch.zeros(()))
+        self.register_buffer("width", torch.zeros((), dtype=torch.float32))
 
     _base: tuple[Tensor, float] | None = None
 

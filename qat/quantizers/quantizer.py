@@ -19,10 +19,10 @@ from qat.kernels import ste
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.observers import make_observer
+from qat.quantizers.observers import KeepsPrecision, make_observer
 
 
-class Quantizer(nn.Module):
+class Quantizer(KeepsPrecision):
     """Base of all quantizers.
 
     Args:
@@ -83,18 +83,6 @@ class Quantizer(nn.Module):
 
     def freeze(self) -> Quantizer:
         """This quantizer without its observer, parameters and history: what a deployed model keeps."""
-        return self
-
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep scales and statistics in their own precision: they are never rounded."""
-        kept = [(store, key, value) for store in (self._buffers, self._parameters)
-                for key, value in store.items() if value is not None and value.is_floating_point()]
-        kept = [(store, key, value.detach().clone()) for store, key, value in kept]
-        super()._apply(fn, recurse)
-        for store, key, value in kept:
-            moved = store[key]
-            if moved is not None and moved.dtype != value.dtype:
-                moved.data = value.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
@@ -158,7 +146,7 @@ class StaticQuantizer(Quantizer):
         super().__init__(spec, shape)
         self.observer = make_observer(spec, shape)
         size = self.observer.low.shape
-        self.register_buffer("scale", torch.full(size, torch.nan))
+        self.register_buffer("scale", torch.full(size, torch.nan, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
         self.register_buffer("range_frozen", torch.zeros((), dtype=torch.bool))
         self._fixed_zero_point: int | None = None
@@ -261,7 +249,7 @@ class FrozenQuantizer(Quantizer):
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
         self._zero_point: int | None = None if self.zero_point is None else 0
 
@@ -306,8 +294,8 @@ class LearnedQuantizer(StaticQuantizer):
         if spec.scale_dtype != "float32" or spec.power_of_two:
             raise SpecError("a learned scale is free: leave out scale_dtype and power_of_two")
         size = self.scale.shape
-        self.log_scale = nn.Parameter(torch.full(size, torch.nan))
-        self.offset = nn.Parameter(torch.zeros(size)) if spec.learned == "lsq_plus" else None
+        self.log_scale = nn.Parameter(torch.full(size, torch.nan, dtype=torch.float32))
+        self.offset = nn.Parameter(torch.zeros(size, dtype=torch.float32)) if spec.learned == "lsq_plus" else None
 
     def settle(self) -> None:
         super().settle()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qat.numerics.formats import TensorSpec
 from qat.quantizers.observers import Observer, make_observer
+from qat.quantizers.quantizer import make_quantizer
 
 KINDS = {
     "minmax": {"format": "int8"},
@@ -139,3 +140,25 @@ def test_moving_averages_keep_no_history_when_alone() -> None:
     one.unmark()
     one.observe(torch.randn(5))
     assert one.rounds == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_a_model_rounds_no_statistic(kind: str) -> None:
+    one = observer(kind)
+    one.observe(torch.randn(9))
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    one.to(torch.bfloat16)
+    assert {name: value.dtype for name, value in one.state_dict().items()} == {n: v.dtype for n, v in before.items()}
+    assert_same(dict(one.state_dict()), before)
+
+
+def test_statistics_are_float32_whatever_the_default_dtype() -> None:
+    """Lightning's bf16-true builds the model under a bfloat16 default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = [make_quantizer(TensorSpec.from_dict({"format": "int4", "learned": "lsq"}), torch.Size((3, 4))),
+                make_quantizer(TensorSpec.from_dict({"format": "int8", "observer": "percentile"}))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    narrow = {torch.bfloat16, torch.float16}
+    assert not any(value.dtype in narrow for one in made for value in one.state_dict().values())
