@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from qat.errors import CalibrationError, ConvertError, NotCalibratedError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import QuantizedBatchNorm
 from qat.quantizers.quantizer import LearnedQuantizer, Quantizer, StaticQuantizer
-from qat.rewriter import prepared_state, quantized_modules
+from qat.rewriter import Prepared, prepared_state, quantized_modules
 from qat.tracing import Trace, evaluating, run, tracing
 
 
@@ -25,7 +26,7 @@ def activation_quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
-              merge: bool = True) -> nn.Module:
+              merge: Literal["batches", "parts"] | None = "batches") -> nn.Module:
     """Set every static range from data; learned scales get their start from it.
 
     The model runs in floating point, in eval, without gradients; its own mode comes back afterwards. Ranges start
@@ -33,21 +34,24 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     functions (see :func:`qat.coverage`). If it fails, the quantizers are as they were.
 
     In a run of several processes (an initialized ``torch.distributed`` group) each calibrates with batches of its own,
-    as many as it has, and their ranges are merged: all processes get those that one would get from all batches,
-    rank 0's first, rank 1's first, ..., rank 0's second, and so on.
+    as many as it has, and their ranges are merged: all processes get those that one would get from all batches.
 
     Args:
         model: a prepared model; changed in place, and returned.
         batches: any iterable of inputs (a tensor, a tuple of arguments, or a dict of keyword arguments each).
         ignore_nonfinite: leave batches out that make NaN or infinity, with a warning, instead of raising.
-        merge: with the ranges of the other processes, if there are any: all of them must call ``calibrate`` then.
-            False: this process calibrates alone.
+        merge: how ranges are merged with those of the other processes, if there are any; all of them must call
+            ``calibrate`` then. "batches": as one process would see the batches in the order rank 0's first, rank 1's
+            first, ..., rank 0's second. "parts": the first ones of all are parts of one batch, and so on. (Only moving
+            averages see a difference.) None: this process calibrates alone.
 
     Raises:
         CalibrationError: no batch at all; NaN or infinity (the message names layer and batch). Where ranges are merged,
             an error in one process is raised in all of them.
     """
-    merge = merge and processes.several_processes()
+    if merge not in ("batches", "parts", None):
+        raise CalibrationError(f"merge must be 'batches', 'parts' or None, not {merge!r}")
+    together = merge is not None and processes.several_processes()
     state = prepared_state(model)
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
@@ -58,33 +62,25 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
         if not q.frozen:
             q.observer.reset()
             q.observing = True
-            if merge:
+            if together:
                 q.observer.mark()
     count, failure = 0, None
     try:
         try:
             with _calibrating(modules.values()), evaluating(model), torch.no_grad():
                 for index, batch in enumerate(batches):
-                    if state.functions is None:
-                        trace = Trace()
-                        with tracing(model, trace):
-                            count += _observe(model, batch, index, ignore_nonfinite, quantizers)
-                        state.functions = [c for c in trace.functions if not str(c.function).startswith("~")]
-                        for call in trace.calls:
-                            if call.module is not None and not state.macs.get(call.module):
-                                state.macs[call.module] = call.macs
-                    else:
+                    with _seeing_functions(model, state):
                         count += _observe(model, batch, index, ignore_nonfinite, quantizers)
         except Exception as error:
             failure = error
-            if not merge:
+            if not together:
                 raise
-        if merge:
+        if together:
             count, (state.functions, state.macs) = processes.agree(count, failure, (state.functions, state.macs))
         if not count:
             raise CalibrationError("calibration needs at least one batch")
-        if merge:
-            processes.merge([q.observer for q in quantizers if not q.frozen], as_batches_of_their_own=True)
+        if together:
+            processes.merge([q.observer for q in quantizers if not q.frozen], merge == "batches")
         for q in quantizers:
             q.settle()
     except BaseException:
@@ -103,6 +99,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
     return model
+
+
+@contextmanager
+def _seeing_functions(model: nn.Module, state: Prepared) -> Iterator[None]:
+    """The first run shows which matrix products the model calls as functions."""
+    if state.functions is not None:
+        yield
+        return
+    trace = Trace()
+    with tracing(model, trace):
+        yield
+    state.functions = [c for c in trace.functions if not str(c.function).startswith("~")]
+    for call in trace.calls:
+        if call.module is not None and not state.macs.get(call.module):
+            state.macs[call.module] = call.macs
 
 
 class _calibrating:

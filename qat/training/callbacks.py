@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
@@ -74,7 +74,8 @@ class QuantizationSchedule(L.Callback):
         self.total_steps = int(trainer.estimated_stepping_batches)
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
         if not self.calibrated and self.calibration_batches:
-            qat.calibrate(network, _inputs(trainer, pl_module, self.calibration_batches))
+            inputs, merge = _inputs(trainer, pl_module, self.calibration_batches)
+            qat.calibrate(network, inputs, merge=merge)
         self.calibrated = True
         if processes.several_processes():
             start_merging(network)
@@ -121,7 +122,7 @@ class QuantizationSchedule(L.Callback):
         # After fit and not after training: a run resumed from its very last checkpoint has no step left to do.
         if self.reestimate_batches:
             network = _network(pl_module)
-            qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches))
+            qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches)[0])
 
 
 class SynchronizedBatchNorm(LayerSync):
@@ -166,17 +167,26 @@ def _network(pl_module: L.LightningModule) -> nn.Module:
     return network
 
 
-def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterable[Any]:
-    """The inputs of ``count`` training batches, or this process's share; the training loader keeps its position.
+def _inputs(
+    trainer: L.Trainer, pl_module: L.LightningModule, count: int
+) -> tuple[Iterable[Any], Literal["batches", "parts"]]:
+    """The inputs of ``count`` batches of training data, and what those of several processes are to each other.
 
-    A ``calibration_dataloader`` gives all processes the same batches, of which each takes its own.
+    A ``calibration_dataloader`` of the data module gives all processes the same batches, and they deal them out. The
+    training loader gives each process its part of each batch; it keeps its position.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    loader = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else trainer.train_dataloader
+    dealt = hasattr(data, "calibration_dataloader")
+    loader = data.calibration_dataloader() if dealt else trainer.train_dataloader
     assert loader is not None  # Lightning makes it before the first hook of the fit loop
-    position = loader.state_dict() if hasattr(loader, "state_dict") else None
     split = cast(QuantizedTraining, pl_module).split
-    for batch in itertools.islice(loader, trainer.global_rank, count, trainer.world_size):
-        yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
-    if position is not None:
-        loader.load_state_dict(position)
+
+    def inputs() -> Iterator[Any]:
+        position = loader.state_dict() if hasattr(loader, "state_dict") else None
+        first, step = (trainer.global_rank, trainer.world_size) if dealt else (0, 1)
+        for batch in itertools.islice(loader, first, count, step):
+            yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
+        if position is not None:
+            loader.load_state_dict(position)
+
+    return inputs(), "batches" if dealt else "parts"
