@@ -1,5 +1,6 @@
 """Training under Lightning: the module, the schedule of a quantized run, and data that resumes to the batch."""
 
+from qat.training.averaging import WeightAverage
 from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
@@ -12,6 +13,7 @@ __all__ = [
     "QuantizedTraining",
     "ResumableLoader",
     "WarmupCosine",
+    "WeightAverage",
     "allow_targets",
     "build",
 ]

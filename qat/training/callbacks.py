@@ -16,6 +16,7 @@ import qat
 from qat.calibration import merge_batch_norm, merge_ranges, processes, start_merging
 from qat.errors import ConfigError
 from qat.modules.normalization import QuantizedBatchNorm
+from qat.training.averaging import WeightAverage
 from qat.training.module import QuantizedTraining
 
 
@@ -121,6 +122,8 @@ class QuantizationSchedule(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # After fit and not after training: a run resumed from its very last checkpoint has no step left to do.
         if self.reestimate_batches:
+            for average in (c for c in trainer.callbacks if isinstance(c, WeightAverage)):  # type: ignore[attr-defined]
+                average.apply(pl_module)  # the statistics are those of the weights that will be deployed
             network = _network(pl_module)
             qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches)[0])
 

@@ -61,6 +61,8 @@ class QuantizedTraining(L.LightningModule):
         metrics: configs of torchmetrics by name, each updated with (output, target).
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
+        compile: options of ``torch.compile`` for the network, or None: not compiled. What it compiles to is no part of
+            the network: copies, checkpoints and ``convert`` see the same modules as ever.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
 
     Batches: (inputs, target), inputs being a tensor, a tuple of arguments or a dict of keyword arguments; or one dict.
@@ -78,12 +80,14 @@ class QuantizedTraining(L.LightningModule):
         scale_lr_factor: float = 0.1,
         target_key: str = "labels",
         seed: int = 0,
+        compile: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
             "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed,
+            "compile": compile,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -109,6 +113,8 @@ class QuantizedTraining(L.LightningModule):
             network = qat.prepare(
                 network, qat.Recipe.from_dict(self.hparams["recipe"]), zeros(self.hparams["example_inputs"])
             )
+        if self.hparams["compile"] is not None:
+            network.compile(**self.hparams["compile"])
         self.network = network
         self._configured = True
 
