@@ -39,6 +39,7 @@ from qat.errors import ConfigError
 from qat.pipeline.evaluation import MODELS, first_example, load_model, measure, move, weights_file
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.reporting import Results, read_csv, report
+from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import ClassificationData, stream_seed
@@ -201,6 +202,7 @@ class Run:
             metrics=config["metrics"],
             scale_lr_factor=self.schedule["scale_learning_rate"],
             seed=config["seed"],
+            compile=config["compile"],
         )
 
     def _fit(self, stage: str, module: QuantizedTraining, epochs: int, *callbacks: L.Callback) -> dict[str, Any]:
@@ -211,6 +213,7 @@ class Run:
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )
         saving, stopping = config["checkpoint"], config["early_stopping"]
+        decay = config["weight_average"]["decay"]
         keep_last = ModelCheckpoint(
             folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=saving["every_n_steps"],
             enable_version_counter=False,
@@ -223,6 +226,7 @@ class Run:
             trainer = L.Trainer(
                 **options,
                 callbacks=[
+                    *([WeightAverage(decay)] if decay is not None else []),
                     *callbacks,
                     *([RichProgressBar(refresh_rate=5, leave=False)] if progress else []),
                     *([EarlyStopping(**stopping)] if stopping["monitor"] else []),
@@ -249,7 +253,7 @@ class Run:
                 raise KeyboardInterrupt from stop
             raise
         if keep_best and not self.fast:
-            best = torch.load(keep_best.best_model_path, map_location="cpu", weights_only=True)
+            best = torch.load(folder / "best" / "best.ckpt", map_location="cpu", weights_only=True)
             module.load_state_dict(best["state_dict"])
         save_weights(cast(nn.Module, module.network), weights_file(self.folder, stage))
         logged = trainer.callback_metrics.items()

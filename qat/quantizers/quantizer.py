@@ -340,7 +340,8 @@ class LearnedQuantizer(StaticQuantizer):
             raise NotCalibratedError(f"{self.name or 'quantizer'} has no range to start from: run qat.calibrate(model, "
                                      "batches) first")
         scale, zero_point = self.present()
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        # (a question about values would cut a compiled graph in two)
+        if not torch.compiler.is_compiling() and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
                                    "rate")
         per_scale = x.numel() / max(1, scale.numel())

@@ -6,9 +6,17 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from qat.errors import CheckpointError, ConfigError
+
+
+def check_decay(decay: Any) -> float:
+    """``decay`` if it lies between 0 and 1, else a ConfigError."""
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0.0 < decay < 1.0:
+        raise ConfigError(f"weight_average.decay lies between 0 and 1, such as 0.999; it is {decay!r}.")
+    return float(decay)
 
 
 class WeightAverage(L.Callback):
@@ -32,9 +40,7 @@ class WeightAverage(L.Callback):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        if not 0.0 < decay < 1.0:
-            raise ConfigError(f"the decay of a weight average lies between 0 and 1, not at {decay!r}.")
-        self.decay = decay
+        self.decay = check_decay(decay)
         self.steps = 0
         self._average: dict[str, Tensor] = {}  # in float32
         self._trained: dict[str, Tensor] | None = None  # what the average stands in for at present
@@ -80,7 +86,7 @@ class WeightAverage(L.Callback):
         self.apply(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training:  # a validation of its own after fit leaves the average in place
+        if trainer.state.fn == TrainerFn.FITTING:  # a validation of its own after fit leaves the average in place
             self.restore(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,7 +117,7 @@ class WeightAverage(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if not trainer.training and trainer.state.fn != "fit":
+        if trainer.state.fn != TrainerFn.FITTING:
             return  # its state dict is the average already
         kept = checkpoint.get("weight_average")
         values = _averaged(pl_module)

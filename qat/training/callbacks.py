@@ -188,7 +188,7 @@ def _inputs(
         position = loader.state_dict() if hasattr(loader, "state_dict") else None
         first, step = (trainer.global_rank, trainer.world_size) if dealt else (0, 1)
         for batch in itertools.islice(loader, first, count, step):
-            yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
+            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(split(batch)[0]))
         if position is not None:
             loader.load_state_dict(position)
 

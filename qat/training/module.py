@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
+from qat.calibration.ranges import uncompiled
 from qat.errors import ConfigError
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
@@ -61,8 +63,9 @@ class QuantizedTraining(L.LightningModule):
         metrics: configs of torchmetrics by name, each updated with (output, target).
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
-        compile: options of ``torch.compile`` for the network, or None: not compiled. What it compiles to is no part of
-            the network: copies, checkpoints and ``convert`` see the same modules as ever.
+        compile: options of ``torch.compile`` for the network, or None: not compiled. While ranges are observed the
+            network runs uncompiled. What it compiles to is no part of the network: copies, checkpoints and ``convert``
+            see the same modules as ever.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
 
     Batches: (inputs, target), inputs being a tensor, a tuple of arguments or a dict of keyword arguments; or one dict.
@@ -135,9 +138,15 @@ class QuantizedTraining(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.split(batch)
-        loss: Tensor = self.loss(self(inputs), target)
+        with uncompiled() if self.observing() else contextlib.nullcontext():
+            output = self(inputs)
+        loss: Tensor = self.loss(output, target)
         self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
+
+    def observing(self) -> bool:
+        """Whether a compiled network must run uncompiled now, because some quantizer follows what it sees."""
+        return self.hparams["compile"] is not None and any(getattr(m, "observing", False) for m in self.modules())
 
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)

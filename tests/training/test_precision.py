@@ -151,6 +151,7 @@ def test_training_is_that_without_an_average(tmp_path) -> None:
         assert torch.equal(parameter, dict(averaged.named_parameters())[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using")  # the test leaves other callbacks out on purpose
 def test_a_checkpoint_holds_the_average(tmp_path) -> None:
     saving = ModelCheckpoint(tmp_path / "best", "last", enable_version_counter=False)
     average = WeightAverage(0.9)
@@ -171,13 +172,14 @@ def test_a_checkpoint_holds_the_average(tmp_path) -> None:
         assert torch.equal(stored["state_dict"][name], parameter), name
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_wrong_averages_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
         WeightAverage(1.0)
     saving = ModelCheckpoint(tmp_path / "plain", "last", enable_version_counter=False)
     fit(tmp_path, callbacks=(saving,), enable_checkpointing=True, epochs=1)
     with pytest.raises(CheckpointError, match="trained without one"):
-        fit(tmp_path, callbacks=(WeightAverage(),), checkpoint=tmp_path / "plain" / "last.ckpt")
+        fit(tmp_path, callbacks=(WeightAverage(), saving), enable_checkpointing=True, checkpoint=tmp_path / "plain" / "last.ckpt")
 
 
 # ---------------------------------------------------------------------------------------------------- exact resume
