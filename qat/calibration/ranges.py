@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -67,7 +67,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     count, failure = 0, None
     try:
         try:
-            with _calibrating(modules.values()), evaluating(model), torch.no_grad(), uncompiled():
+            with _calibrating(modules.values()), evaluating(model), torch.no_grad():
                 for index, batch in enumerate(batches):
                     with _seeing_functions(model, state):
                         count += _observe(model, batch, index, ignore_nonfinite, quantizers)
@@ -99,11 +99,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
     return model
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Compiled models run as they are written, inside the block: what observes asks about values at every turn."""
-    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
@@ -213,7 +208,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], merge: bool 
     before = [(m, m.momentum, {k: v.clone() for k, v in m.state_dict().items()}) for m in norms]
     count, failure = 0, None
     try:
-        with evaluating(model), torch.no_grad(), uncompiled():
+        with evaluating(model), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum, norm.training = None, True

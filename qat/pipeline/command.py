@@ -14,8 +14,8 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -176,7 +176,8 @@ def _continued(arguments: list[str]) -> list[str]:
     if not stored.is_file():
         raise ConfigError(f"resume_sweep={folders[-1]}: there is no multirun (a folder with a multirun.yaml).")
     try:
-        overrides = OmegaConf.to_container(OmegaConf.load(stored), resolve=False)["hydra"]["overrides"]  # type: ignore
+        content: Any = OmegaConf.to_container(OmegaConf.load(stored), resolve=False)
+        overrides = content["hydra"]["overrides"]
         lines = [str(line) for line in (*overrides["task"], *overrides["hydra"])]
     except (OmegaConfBaseException, YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f"{stored} is damaged: {error}") from error

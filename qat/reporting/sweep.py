@@ -77,7 +77,7 @@ class Sweep:
         groups: dict[str, list[Job]] = {}
         for job in self.jobs:
             if job.results is not None:
-                alike = {k: v for k, v in job.config.items() if k not in REPEATS}
+                alike = {k: v for k, v in job.config.items() if k not in REPEATS} | {"": job.results.metric}
                 groups.setdefault(json.dumps(alike, sort_keys=True), []).append(job)
         named: dict[str, list[Job]] = {}
         for jobs in groups.values():

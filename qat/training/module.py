@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
-from qat.calibration.ranges import uncompiled
 from qat.errors import ConfigError
+from qat.tracing import uncompiled
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
 
