@@ -7,11 +7,12 @@ reach, whatever each has seen until then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from qat.errors import CalibrationError
@@ -20,7 +21,7 @@ from qat.quantizers.observers import Observer
 
 T = TypeVar("T")
 
-__all__ = ["agree", "merge", "merge_batch_norm", "reduced", "several_processes"]
+__all__ = ["agree", "merge", "merge_batch_norm", "reduced", "several_processes", "whole"]
 
 
 def reduced(vector: Tensor, operation: Any) -> Tensor:
@@ -86,6 +87,20 @@ def agree(count: int, failure: Exception | None, findings: T) -> tuple[int, T]:
             raise CalibrationError(f"process {rank}: {message}")
     first = next((found for number, _, found in said if number), findings)
     return sum(number for number, _, _ in said), first
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """The parameters of a fully sharded model (FSDP2) are whole inside the block; any other model is so anyway."""
+    part: Any = model
+    sharded = hasattr(part, "unshard")
+    if sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            part.reshard()
 
 
 def _together(parts: Iterable[Tensor], operation: Any) -> list[Tensor]:

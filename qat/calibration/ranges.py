@@ -91,11 +91,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
         for q, observing, _ in before:
             q.observing = observing
             q.observer.unmark()
-    for module in modules.values():
-        weights = module.weight_quantizer
-        if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
-            weights.restart()
-            with torch.no_grad():
+    with processes.whole(model), torch.no_grad():
+        for module in modules.values():
+            weights = module.weight_quantizer
+            if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
+                weights.restart()
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
     return model

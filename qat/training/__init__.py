@@ -5,6 +5,7 @@ from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
 from qat.training.module import QuantizedTraining, WarmupCosine
+from qat.training.sharding import shard
 
 __all__ = [
     "DigitsDataModule",
@@ -16,4 +17,5 @@ __all__ = [
     "WeightAverage",
     "allow_targets",
     "build",
+    "shard",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
 
@@ -65,6 +66,12 @@ class QuantizationSchedule(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"{type(strategy).__name__} cannot train a quantized network under QuantizationSchedule: it takes "
+                "parameters apart that quantizers read whole. Use strategy=ddp, or qat.training.shard in a loop of "
+                "your own."
+            )
         if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
             strategy._layer_sync = SynchronizedBatchNorm()
 

@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import qat
-from qat.training import QuantizationSchedule, QuantizedTraining, ResumableLoader
+from qat.training import QuantizationSchedule, QuantizedTraining, ResumableLoader, shard
 from qat.training.data import TensorExamples
 
 OBSERVERS = ["minmax", "moving_average", "percentile", "mse", "entropy"]
@@ -218,8 +219,30 @@ def uneven(rank: int, folder: Path) -> Any:
     return counts, caught(without_start)
 
 
+def sharded(rank: int, folder: Path) -> Any:
+    """FSDP2: the gradients and steps of one process with the whole batch, for learned scales too; and parity."""
+    found = {}
+    for name, recipe in {"w8a8": "w8a8", "learned": recipes()["learned"]}.items():
+        model = qat.calibrate(shard(prepared(recipe)), batches()[rank::WORLD]).train()
+        qat.freeze_batch_norm(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for x in batches(3):
+            optimizer.zero_grad()
+            model(x.chunk(WORLD)[rank]).square().mean().backward()
+            optimizer.step()
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        part = sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local"))
+        found[name] = {"state": whole, "scales": {n: p.detach().clone() for n, p in model.named_parameters()
+                                                  if "quantizer" in n},
+                       "kept": part / sum(p.numel() for n, p in model.named_parameters() if "quantizer" not in n)}
+    strategy = L.strategies.ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    trainer = L.Trainer(accelerator="cpu", devices=WORLD, strategy=strategy, logger=False)
+    refused = caught(lambda: QuantizationSchedule().setup(trainer, L.LightningModule(), "fit"))
+    return found, refused
+
+
 SCENARIOS = (dealt_out, one_is_empty, errors, ignored, batch_norm, training, ranges_in_training, resumed, synchronized,
-             uneven)
+             uneven, sharded)
 
 
 if __name__ == "__main__":

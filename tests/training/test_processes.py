@@ -153,3 +153,26 @@ def test_what_would_wait_for_ever_or_drift_apart_is_refused_on_all(found) -> Non
     for counts, start in found["uneven"]:
         assert counts.startswith("ConfigError: One process has 3 training batches, another 6")
         assert start.startswith("NotCalibratedError: learned scales without a start would differ")
+
+
+@pytest.mark.parametrize("name", ["w8a8", "learned"])
+def test_fully_sharded_training_is_that_of_one_process(found, name) -> None:
+    (one, refused), (two, _) = found["sharded"]
+    assert refused.startswith("ConfigError: ModelParallelStrategy cannot train a quantized network")
+    assert_same(one[name]["scales"], two[name]["scales"])
+    assert 0.3 < one[name]["kept"] < 0.7
+    model = qat.calibrate(process.prepared("w8a8" if name == "w8a8" else process.recipes()["learned"]),
+                          process.batches()).train()
+    qat.freeze_batch_norm(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for x in process.batches(3):
+        optimizer.zero_grad()
+        (sum(model(part).square().mean() for part in x.chunk(2)) / 2).backward()
+        optimizer.step()
+    whole = one[name]["state"]
+    for key, value in process.state(model).items():
+        torch.testing.assert_close(whole[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    fresh = process.prepared("w8a8" if name == "w8a8" else process.recipes()["learned"])
+    fresh.load_state_dict(whole)
+    _, certificate = qat.convert(fresh.eval(), process.batches())
+    assert certificate.equal
