@@ -46,6 +46,35 @@ from qat.training.data import ClassificationData, stream_seed
 from qat.training.module import QuantizedTraining
 
 
+def process_strategy(options: Mapping[str, Any]) -> str:
+    """Lightning's strategy for ``trainer`` options: processes that live as long as one training, or none.
+
+    A run is one process; only its trainings are shared. (Strategies that start the whole command again for each device
+    would run every stage several times in one folder.)
+
+    Raises:
+        ConfigError: another strategy, or several nodes.
+    """
+    strategy, devices = options.get("strategy") or "auto", options.get("devices", 1)
+    if strategy not in ("auto", "ddp_spawn", "ddp_fork"):
+        raise ConfigError(
+            f"trainer.strategy is {strategy!r}; a run shares its trainings with ddp_spawn (trainer.devices=2 chooses "
+            "it). For other strategies use QuantizedTraining under a trainer of your own."
+        )
+    if options.get("num_nodes", 1) != 1:
+        raise ConfigError("trainer.num_nodes: a run trains on one machine; use a trainer of your own for several.")
+    if strategy != "auto":
+        return str(strategy)
+    if devices in ("auto", -1, "-1"):
+        accelerated = options.get("accelerator") in ("auto", "gpu", "cuda")
+        count = torch.cuda.device_count() if accelerated and torch.cuda.is_available() else 1
+    elif isinstance(devices, str):
+        count = int(devices) if devices.isdigit() else len([d for d in devices.split(",") if d.strip()])
+    else:
+        count = len(devices) if isinstance(devices, list | tuple) else int(devices)
+    return "ddp_spawn" if count > 1 else "auto"
+
+
 class Run:
     """The stages of one run in one folder.
 
@@ -70,6 +99,7 @@ class Run:
             raise ConfigError(
                 f"trainer.max_epochs must be a whole number of at least 1, not {options['max_epochs']!r}."
             )
+        self.strategy = process_strategy(options)
         self.fast = bool(options.get("fast_dev_run"))
         self.extra_epochs = max(1, round(self.schedule["epochs"] * options["max_epochs"]))
         cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -208,7 +238,7 @@ class Run:
     def _fit(self, stage: str, module: QuantizedTraining, epochs: int, *callbacks: L.Callback) -> dict[str, Any]:
         """Train, continuing from the stage's last checkpoint if there is one, and save the weights."""
         folder, config = self.folder / stage, self.config
-        options = dict(config["trainer"], max_epochs=epochs)
+        options = dict(config["trainer"], max_epochs=epochs, strategy=self.strategy)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )

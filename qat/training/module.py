@@ -151,7 +151,8 @@ class QuantizedTraining(L.LightningModule):
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)
         output = self(inputs)
-        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target))
+        # averaged over the processes: early stopping and the choice of the best must agree on all of them
+        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target), sync_dist=True)
         metrics.update(output, target)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(target))
 

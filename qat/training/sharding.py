@@ -44,4 +44,5 @@ def shard(network: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     for scale in scales:
         if scale.requires_grad:
             scale.register_post_accumulate_grad_hook(average)
-    return fully_shard(network, mesh=mesh, ignored_params=scales, **options)
+    fully_shard(network, mesh=mesh, ignored_params=scales, **options)
+    return network

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 import qat
+from qat.errors import ConfigError
+from qat.training import shard
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,8 @@ def test_fully_sharded_training_is_that_of_one_process(found, name) -> None:
     fresh.load_state_dict(whole)
     _, certificate = qat.convert(fresh.eval(), process.batches())
     assert certificate.equal
+
+
+def test_sharding_needs_several_processes() -> None:
+    with pytest.raises(ConfigError, match="init_process_group"):
+        shard(process.prepared("w8a8"))
