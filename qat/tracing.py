@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -199,13 +199,19 @@ def tracing(model: nn.Module, trace: Trace) -> Iterator[Trace]:
             handle.remove()
 
 
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled models run as they are written, inside the block: whoever looks at layers needs them one by one."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` on one batch: a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+    """Call ``model``, uncompiled, on one batch: a tensor, a tuple or list of arguments, or a dict of keywords."""
+    with uncompiled():
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        if isinstance(inputs, tuple | list):
+            return model(*inputs)
+        return model(inputs)
 
 
 @contextmanager

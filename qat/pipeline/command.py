@@ -15,18 +15,20 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
+from yaml import YAMLError
 
 import qat
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
 from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
-from qat.pipeline.storage import claim
-from qat.reporting import compare, read_csv
+from qat.pipeline.storage import claim, write_text
+from qat.reporting import compare, read_csv, read_sweep
 from qat.training.build import allow_targets, build
 
 OVERRIDES = ("weight", "input", "rules", "edges", "backward_dtype", "calibration")  # of Recipe.preset
@@ -48,7 +50,7 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         console = Console()
         if not full:
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
-        started, failures = False, 0
+        started, failures, given = False, 0, sys.argv
 
         def say(error: Exception) -> None:
             text = escape(explain(error, config_folder, config_name))
@@ -67,15 +69,21 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
                 say(error)
 
         try:
+            sys.argv = [given[0], *_continued(given[1:])]
             hydra.main(str(config_folder), config_name, version_base="1.3")(job)()
         except KeyboardInterrupt:
             console.print("\nStopped.", style="bold")
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                folder = _shown(Path(HydraConfig.get().sweep.dir))
+                console.print(f"Continue with: python train.py resume_sweep={folder}", style="bold", soft_wrap=True)
             sys.exit(130)
         except Exception as error:
             if full or started:  # once a job has begun, what it does not expect is a fault of ours: show all of it
                 raise
             say(error)
             sys.exit(1)
+        finally:
+            sys.argv = given
         if failures:
             sys.exit(1)
 
@@ -112,11 +120,16 @@ def evaluate(config: DictConfig, console: Console) -> None:
     """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table."""
     check_keys(config, STORED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
-    if (config.run is None) == (config.deployed is None):
-        raise ConfigError("Say what to evaluate: run=<run folder> or deployed=<deployed folder>.")
-    folder = Path(config.run or config.deployed)
+    if sum(value is not None for value in (config.run, config.deployed, config.sweep)) != 1:
+        raise ConfigError(
+            "Say what to evaluate: run=<run folder>, deployed=<deployed folder> or sweep=<folder of run folders>."
+        )
+    folder = Path(config.run or config.deployed or config.sweep)
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}.")
+    if config.sweep is not None:
+        _aggregate(folder, console)
+        return
     if config.run is not None:
         results = Run(stored_config(folder), folder, console).evaluate()
         table = folder / "results.csv"
@@ -135,6 +148,46 @@ def evaluate(config: DictConfig, console: Console) -> None:
     console.print(
         f"Every figure equals the one in {_shown(table)} (latency is not compared).", style="green", soft_wrap=True
     )
+
+
+def _aggregate(folder: Path, console: Console) -> None:
+    """One table of all runs of a multirun, and the same with a plot as files in its folder."""
+    sweep = read_sweep(folder)
+    write_text(folder / "sweep.csv", sweep.csv())
+    write_text(folder / "sweep.html", sweep.html())
+    console.print(sweep.render())
+    for name in ("sweep.csv", "sweep.html"):
+        console.print(f"[dim]written[/] {_shown(folder / name)}", highlight=False, soft_wrap=True)
+
+
+def _continued(arguments: list[str]) -> list[str]:
+    """The command line of the multirun that ``resume_sweep=<folder>`` continues; any other as it is.
+
+    Its jobs find their own folders again: finished ones are skipped stage by stage, a killed one goes on. From the
+    stored command line come only what sets the runs and the names of their folders: no permission, no plugin of Hydra.
+
+    Raises:
+        ConfigError: no multirun in the folder; arguments that would change it.
+    """
+    folders = [a.partition("=")[2] for a in arguments if a.split("=")[0] == "resume_sweep"]
+    if not folders or folders[-1] in ("", "null"):
+        return arguments
+    others = [a for a in arguments if a.split("=")[0] not in ("resume_sweep", "debug", "allow_targets", "-m")]
+    if others:
+        raise ConfigError(f"resume_sweep= continues a multirun as it was configured; leave out {', '.join(others)}.")
+    stored = Path(folders[-1]) / "multirun.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"resume_sweep={folders[-1]}: there is no multirun (a folder with a multirun.yaml).")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(stored), resolve=False)
+        overrides = content["hydra"]["overrides"]
+        lines = [str(line) for line in (*overrides["task"], *overrides["hydra"])]
+    except (OmegaConfBaseException, YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{stored} is damaged: {error}") from error
+    kept = [line for line in lines if (key := line.split("=")[0].lstrip("+~")) not in OF_THE_CALL
+            and (not key.startswith("hydra") or key.startswith(("hydra.sweep.subdir", "hydra.job.name")))]
+    given = [a for a in arguments if a.split("=")[0] in ("debug", "allow_targets")]
+    return ["-m", *kept, *given, f"hydra.sweep.dir={folders[-1]}"]
 
 
 def explain(error: Exception, config_folder: Path, config_name: str) -> str:

@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 import qat
 from qat.errors import ConfigError, nearest
+from qat.training.averaging import check_decay
 from qat.training.build import allow_targets, check, check_arguments, plain
 from qat.training.callbacks import QuantizationSchedule
 
 # What describes the run, and is stored with it ...
 STORED = (
     "seed", "fold", "model", "data", "recipe", "schedule", "prune", "loss", "metrics", "optimizer", "scheduler",
-    "trainer", "checkpoint", "early_stopping", "logger",
+    "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
 )  # fmt: skip
 # ... and what describes one call of the command.
-OF_THE_CALL = ("resume", "debug", "allow_targets", "run", "deployed")
+OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep")
 
 
 def check_keys(section: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -51,6 +53,13 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_keys(values["checkpoint"], ("every_n_steps", "monitor", "mode"), "checkpoint.")
     check_keys(values["early_stopping"], ("monitor", "patience", "mode", "min_delta"), "early_stopping.")
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")
+    check_keys(values["weight_average"], ("decay",), "weight_average.")
+    if values["weight_average"]["decay"] is not None:
+        check_decay(values["weight_average"]["decay"])
+    if values["compile"] is not None:
+        if not isinstance(values["compile"], dict):
+            raise ConfigError("compile holds options of torch.compile, such as compile={mode: default}; null: none.")
+        check_arguments(torch.compile, list(values["compile"]), "compile")
     if not values["metrics"]:
         raise ConfigError("metrics needs at least one torchmetrics config: the first one is the score of the table.")
     logged = ["train_loss", "val_loss", *(f"val_{name}" for name in values["metrics"])]

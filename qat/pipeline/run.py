@@ -41,11 +41,41 @@ from qat.errors import ConfigError
 from qat.pipeline.evaluation import MODELS, channel_shapes, first_example, load_model, measure, move, weights_file
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.reporting import Results, read_csv, report
+from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import ClassificationData, stream_seed
 from qat.training.module import QuantizedTraining, call_network, shapes
 from qat.training.pruning import PruningSchedule
+
+
+def process_strategy(options: Mapping[str, Any]) -> str:
+    """Lightning's strategy for ``trainer`` options: processes that live as long as one training, or none.
+
+    A run is one process; only its trainings are shared. (Strategies that start the whole command again for each device
+    would run every stage several times in one folder.)
+
+    Raises:
+        ConfigError: another strategy, or several nodes.
+    """
+    strategy, devices = options.get("strategy") or "auto", options.get("devices", 1)
+    if strategy not in ("auto", "ddp_spawn", "ddp_fork"):
+        raise ConfigError(
+            f"trainer.strategy is {strategy!r}; a run shares its trainings with ddp_spawn (trainer.devices=2 chooses "
+            "it). For other strategies use QuantizedTraining under a trainer of your own."
+        )
+    if options.get("num_nodes", 1) != 1:
+        raise ConfigError("trainer.num_nodes: a run trains on one machine; use a trainer of your own for several.")
+    if strategy != "auto":
+        return str(strategy)
+    if devices in ("auto", -1, "-1"):
+        accelerated = options.get("accelerator") in ("auto", "gpu", "cuda")
+        count = torch.cuda.device_count() if accelerated and torch.cuda.is_available() else 1
+    elif isinstance(devices, str):
+        count = int(devices) if devices.isdigit() else len([d for d in devices.split(",") if d.strip()])
+    else:
+        count = len(devices) if isinstance(devices, list | tuple) else int(devices)
+    return "ddp_spawn" if count > 1 else "auto"
 
 
 class Run:
@@ -73,6 +103,7 @@ class Run:
             raise ConfigError(
                 f"trainer.max_epochs must be a whole number of at least 1, not {options['max_epochs']!r}."
             )
+        self.strategy = process_strategy(options)
         self.fast = bool(options.get("fast_dev_run"))
         self.extra_epochs = max(1, round(self.schedule["epochs"] * options["max_epochs"]))
         cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -227,16 +258,18 @@ class Run:
             pruned_shapes=None if recipe is None else channel_shapes(self.folder),
             scale_lr_factor=self.schedule["scale_learning_rate"],
             seed=config["seed"],
+            compile=config["compile"],
         )
 
     def _fit(self, stage: str, module: QuantizedTraining, epochs: int, *callbacks: L.Callback) -> dict[str, Any]:
         """Train, continuing from the stage's last checkpoint if there is one, and save the weights."""
         folder, config = self.folder / stage, self.config
-        options = dict(config["trainer"], max_epochs=epochs)
+        options = dict(config["trainer"], max_epochs=epochs, strategy=self.strategy)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )
         saving, stopping = config["checkpoint"], config["early_stopping"]
+        decay = config["weight_average"]["decay"]
         keep_last = ModelCheckpoint(
             folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=saving["every_n_steps"],
             enable_version_counter=False,
@@ -249,6 +282,7 @@ class Run:
             trainer = L.Trainer(
                 **options,
                 callbacks=[
+                    *([WeightAverage(decay)] if decay is not None else []),
                     *callbacks,
                     *([RichProgressBar(refresh_rate=5, leave=False)] if progress else []),
                     *([EarlyStopping(**stopping)] if stopping["monitor"] else []),
@@ -275,7 +309,7 @@ class Run:
                 raise KeyboardInterrupt from stop
             raise
         if keep_best and not self.fast:
-            best = torch.load(keep_best.best_model_path, map_location="cpu", weights_only=True)
+            best = torch.load(folder / "best" / "best.ckpt", map_location="cpu", weights_only=True)
             module.load_state_dict(best["state_dict"])
         save_weights(cast(nn.Module, module.network), weights_file(self.folder, stage))
         logged = trainer.callback_metrics.items()

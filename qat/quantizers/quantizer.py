@@ -20,10 +20,10 @@ from qat.kernels import ste
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.observers import make_observer
+from qat.quantizers.observers import KeepsPrecision, make_observer
 
 
-class Quantizer(nn.Module):
+class Quantizer(KeepsPrecision):
     """Base of all quantizers.
 
     Args:
@@ -119,18 +119,6 @@ class Quantizer(nn.Module):
 
     def freeze(self) -> Quantizer:
         """This quantizer without its observer, parameters and history: what a deployed model keeps."""
-        return self
-
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep scales and statistics in their own precision: they are never rounded."""
-        kept = [(store, key, value) for store in (self._buffers, self._parameters)
-                for key, value in store.items() if value is not None and value.is_floating_point()]
-        kept = [(store, key, value.detach().clone()) for store, key, value in kept]
-        super()._apply(fn, recurse)
-        for store, key, value in kept:
-            moved = store[key]
-            if moved is not None and moved.dtype != value.dtype:
-                moved.data = value.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
@@ -419,7 +407,8 @@ class LearnedQuantizer(StaticQuantizer):
     def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
         super().placing(x)
         scale, zero_point = self.present()
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        # (a question about values would cut a compiled graph in two)
+        if not torch.compiler.is_compiling() and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
                                    "rate")
         per_scale = x.numel() / max(1, scale.numel())

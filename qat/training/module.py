@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torchmetrics import MetricCollection
 from qat.compression.channels import take_shapes
 from qat.compression.pruning import Pruning, attach
 from qat.errors import ConfigError
+from qat.tracing import uncompiled
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
 
@@ -68,6 +70,9 @@ class QuantizedTraining(L.LightningModule):
             when ``network`` is the config of the whole one.
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
+        compile: options of ``torch.compile`` for the network, or None: not compiled. While ranges are observed the
+            network runs uncompiled. What it compiles to is no part of the network: copies, checkpoints and ``convert``
+            see the same modules as ever.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
 
     Batches: (inputs, target), inputs being a tensor, a tuple of arguments or a dict of keyword arguments; or one dict.
@@ -87,13 +92,14 @@ class QuantizedTraining(L.LightningModule):
         scale_lr_factor: float = 0.1,
         target_key: str = "labels",
         seed: int = 0,
+        compile: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
             "prune": prune, "pruned_shapes": pruned_shapes or {}, "scale_lr_factor": scale_lr_factor,
-            "target_key": target_key, "seed": seed,
+            "target_key": target_key, "seed": seed, "compile": compile,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -123,6 +129,8 @@ class QuantizedTraining(L.LightningModule):
             pruning = Pruning.from_dict(self.hparams["prune"])
             if pruning.masks:
                 attach(network, pruning)
+        if self.hparams["compile"] is not None:
+            network.compile(**self.hparams["compile"])
         self.network = network
         self._configured = True
 
@@ -153,14 +161,21 @@ class QuantizedTraining(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.split(batch)
-        loss: Tensor = self.loss(self(inputs), target)
+        with uncompiled() if self.observing() else contextlib.nullcontext():
+            output = self(inputs)
+        loss: Tensor = self.loss(output, target)
         self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
+
+    def observing(self) -> bool:
+        """Whether a compiled network must run uncompiled now, because some quantizer follows what it sees."""
+        return self.hparams["compile"] is not None and any(getattr(m, "observing", False) for m in self.modules())
 
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)
         output = self(inputs)
-        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target))
+        # averaged over the processes: early stopping and the choice of the best must agree on all of them
+        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target), sync_dist=True)
         metrics.update(output, target)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(target))
 

@@ -52,7 +52,7 @@ def test_every_preset_has_a_recipe_config():
 
 
 def test_the_keys_of_the_files_are_the_known_keys():
-    assert set(composed()) == set(STORED + OF_THE_CALL) - {"run", "deployed"}
+    assert set(composed()) == set(STORED + OF_THE_CALL) - {"run", "deployed", "sweep"}
     assert set(composed(name="evaluate")) == set(STORED + OF_THE_CALL)
 
 
