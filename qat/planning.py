@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import PrepareError, RecipeError
 from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, quantized_type
+from qat.modules.composite import Composite
 from qat.modules.functional import MOVERS, QuantizedFunction, QuantizedMatMul
 from qat.modules.normalization import clamp_of
 from qat.numerics.formats import TensorSpec
@@ -69,6 +70,31 @@ class Plan:
         return cls(**values)
 
 
+@dataclass
+class Product:
+    """One weight and the product it makes: a layer's, or that of one part of a composite.
+
+    Attributes:
+        plan: the layer's or the part's.
+        holder, attribute: name of the module that holds the weight, and the weight's name in it.
+        weight: (out, in, ...) as it enters the product; None for a function without weight.
+        rows: which rows of the attribute, where it is not all.
+        owner: name of the planned module.
+    """
+
+    plan: LayerPlan
+    holder: str
+    attribute: str
+    weight: Tensor | None
+    rows: tuple[int, int] | None
+    owner: str
+
+    def shares(self, other: Product, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether both are one weight."""
+        mine, theirs = (getattr(modules[p.holder], p.attribute, None) for p in (self, other))
+        return mine is not None and mine is theirs and self.rows == other.rows
+
+
 class Planner:
     """Decides. One instance for one model; ``plan()`` is read top to bottom."""
 
@@ -100,11 +126,18 @@ class Planner:
         used: set[Rule] = set()
         refused: dict[Rule, str] = {}
         opaque = {n: reason for n, m in self.modules.items() for kind, reason in OPAQUE.items() if isinstance(m, kind)}
+        held: set[str] = set()
         for name, module in self.modules.items():
-            kinds = self.kinds(name)
-            rule = next((r for r in self.recipe.rules if any(r.matches(a, kinds) for a in self.aliases[name])), None)
+            if name in held:            # its weight is a part of the composite around it
+                continue
+            rule = self.rule(name)
             leaf = not any(True for _ in module.children()) and bool(module._parameters)
             quantized = quantized_type(module)
+            parts: dict[str, Rule | None] = {}
+            if quantized is not None and issubclass(quantized, Composite):
+                parts = {part: self.rule(name, part) for part in quantized.sources(module)}
+                if rule is None or rule.keep is not None:
+                    rule = next((r for r in parts.values() if r is not None and r.keep is None), rule)
             inside = next((o for o in opaque if name == o or name.startswith(f"{o}." if o else "")), None)
             if rule is None:
                 if leaf or quantized:
@@ -129,14 +162,21 @@ class Planner:
                     self.result.kept[name] = reason
                 continue
             assert quantized is not None
-            plan = self.layer(name, quantized, rule)
-            if plan.weight is None and plan.input is None and plan.output is None:
+            if issubclass(quantized, Composite):
+                plan = self.composite(name, quantized, rule, parts)
+            else:
+                plan = self.layer(quantized, rule)
+            active = [p for p in (plan, *plan.parts.values()) if p.weight or p.input or p.output]
+            if not active:
                 self.result.kept[name] = f"{rule} says nothing for a {plan.kind}"
                 continue
+            if issubclass(quantized, Composite):
+                used.update(r for r in parts.values() if r is not None)
+                held |= {_join(name, s.weight.rpartition(".")[0]) for s in quantized.sources(module).values()} - {name}
             used.add(rule)
             self.rules[name] = rule
             self.result.layers[name] = plan
-        taken = [n for n, rule in self.rules.items() if rule.optional]
+        taken = [n for n, rule in self.rules.items() if rule.optional and n in self.modules]
         for rule in self.recipe.rules:
             if any(rule.matches(a, self.kinds(n)) for n in taken for a in self.aliases[n]):
                 continue                # an optional rule in front, as presets have, was faster
@@ -144,6 +184,12 @@ class Planner:
                 because = f" ({refused[rule]})" if rule in refused else ""
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
+
+    def rule(self, name: str, part: str | None = None) -> Rule | None:
+        """The first rule that matches a module; for a part of a composite also by the part's own dotted name."""
+        kinds = self.kinds(name)
+        return next((r for r in self.recipe.rules for a in self.aliases[name]
+                     if r.matches(a, kinds) or (part is not None and r.matches(_join(a, part), kinds))), None)
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """The class names that a rule's ``type`` may name for a module."""
@@ -166,7 +212,7 @@ class Planner:
             return "max_norm rewrites the weight at every look-up"
         return None
 
-    def layer(self, name: str, quantized: type[QuantizedModule], rule: Rule) -> LayerPlan:
+    def layer(self, quantized: type[QuantizedModule], rule: Rule) -> LayerPlan:
         weight = rule.weight if not issubclass(quantized, QuantizedFunction) else None
         source = rule.input if quantized.takes_input_spec else None
         if source is not None:
@@ -176,24 +222,61 @@ class Planner:
         return LayerPlan(quantized.replaces.__name__, None if weight is None else weight.for_weight(), source,
                          None if rule.output is None else rule.output.for_activation())
 
-    def products(self) -> list[str]:
-        """Names of the matmul-like layers, in the order they run (where known) or are defined."""
+    def composite(self, name: str, quantized: type[Composite], rule: Rule,
+                  parts: Mapping[str, Rule | None]) -> LayerPlan:
+        """A plan with a plan for each part, which may have a rule of its own."""
+        plan = LayerPlan(quantized.replaces.__name__, output=None if rule.output is None
+                         else rule.output.for_activation())
+        for part, own in parts.items():
+            plan.parts[part] = LayerPlan("Part")
+            if own is None or own.keep is not None:
+                plan.parts[part].reason = "no rule matches" if own is None else f"{own} keeps it float32"
+                continue
+            plan.parts[part].weight = None if own.weight is None else own.weight.for_weight()
+            plan.parts[part].input = None if own.input is None else own.input.for_activation()
+            self.rules[_join(name, part)] = own
+        return plan
+
+    def products(self) -> dict[str, Product]:
+        """Every weight in the plan, by the name of its layer or part, in the order of the modules."""
+        found: dict[str, Product] = {}
+        for name, plan in self.result.layers.items():
+            module = self.modules[name]
+            if not plan.parts:
+                found[name] = Product(plan, name, "weight", getattr(module, "weight", None), None, name)
+                continue
+            quantized: Any = quantized_type(module)
+            for part, source in quantized.sources(module).items():
+                found[_join(name, part)] = Product(
+                    plan.parts[part], _join(name, source.weight.rpartition(".")[0]), source.attribute,
+                    source.read(module, source.weight), source.rows, name)
+        return found
+
+    def edges(self, products: Mapping[str, Product]) -> set[str]:
+        """The first and the last matmul-like layer: in the order they run (where known) or are defined."""
         names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", *FUNCTIONS)]
-        if self.trace is None:
-            return names
-        order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
-        return sorted((n for n in names if n in order), key=lambda n: order[n]) or names
+        if self.trace is not None:
+            order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
+            names = sorted((n for n in names if n in order), key=lambda n: order[n]) or names
+        found: set[str] = set()
+        for name, first in ((names[0], True), (names[-1], False)) if names else ():
+            if not self.result.layers[name].parts:
+                found.add(name)
+                continue
+            quantized: Any = quantized_type(self.modules[name])
+            found |= {_join(name, part) for part in quantized.edge(list(self.result.layers[name].parts), first)}
+        return found
 
     def treat_edges(self) -> None:
-        products = self.products()
-        if self.recipe.edges != "int8" or not products:
+        if self.recipe.edges != "int8":
             return
-        weights = {n: getattr(self.modules[n], "weight", None) for n in self.result.layers}
-        edges = {products[0], products[-1]}
-        tied = {id(weights[e]) for e in edges if weights[e] is not None}
-        for name, plan in self.result.layers.items():
-            shares = id(weights[name]) in tied  # what shares a weight with an edge shares its codes
-            if not (name in edges or shares) or self.rules[name].explicit:
+        products = self.products()
+        edges = self.edges(products)
+        for name, product in products.items():
+            # what shares a weight with an edge shares its codes
+            edge = name in edges or any(product.shares(products[e], self.modules) for e in edges)
+            plan = product.plan
+            if not edge or name not in self.rules or self.rules[name].explicit:
                 continue
             if plan.weight is not None and plan.weight.bits < 8:
                 plan.weight = TensorSpec("int8").for_weight()
@@ -205,9 +288,9 @@ class Planner:
 
     def check_groups(self) -> None:
         wrong = []
-        for name, plan in self.result.layers.items():
-            spec, weight = plan.weight, getattr(self.modules[name], "weight", None)
-            source = plan.input
+        for name, product in self.products().items():
+            plan, weight = product.plan, product.weight
+            spec, source = plan.weight, plan.input
             if plan.kind.startswith("ConvTranspose") and source is not None and not (
                     source.fmt.has_zero and (source.symmetric or not source.dynamic)):
                 raise PrepareError(f"{name}: a transposed convolution spreads its input with zeros, which needs an "
@@ -216,14 +299,14 @@ class Planner:
                 continue
             size = spec.group_size
             assert size is not None
-            inputs = weight.numel() // self.out_channels(name)
+            inputs = weight.numel() // (weight.shape[0] if plan.kind == "Part" else self.out_channels(name))
             if inputs % size and spec.group_fallback == "divisor":
                 divisor = math.gcd(inputs, 1 << (size.bit_length() - 1))
                 plan.weight = spec.replace(group_size=divisor)
                 plan.reason = f"group_size {size} does not divide {inputs} inputs: {divisor}"
             elif inputs % size:
                 wrong.append(f"{name} ({inputs} inputs)")
-            if plan.input is not None and plan.kind != "Linear":
+            if plan.input is not None and plan.kind not in ("Linear", "Part"):
                 raise PrepareError(f"{name}: per_group weights under integer activations are for Linear; give "
                                    f"{plan.kind} layers a rule with per_channel weights")
         if wrong:
@@ -240,44 +323,69 @@ class Planner:
     # ------------------------------------------------------------------ ties
 
     def settle_ties(self) -> None:
-        """Modules that share a weight share its quantizer; all of them are quantized, or none."""
-        owners: dict[int, list[str]] = {}
+        """Products that share a weight share its quantizer; all of them are quantized, or none."""
+        products = self.products()
+        planned_at: dict[tuple[str, str], list[str]] = {}
+        for name, product in products.items():
+            planned_at.setdefault((product.holder, product.attribute), []).append(name)
+        readers: dict[int, list[str]] = {}
         for name, module in self.modules.items():
-            for parameter in module._parameters.values():
+            for attribute, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() > 1:
-                    owners.setdefault(id(parameter), []).append(name)
-        for names in owners.values():
-            planned = [n for n in names if n in self.result.layers]
+                    readers.setdefault(id(parameter), []).extend(planned_at.get((name, attribute), [name]))
+        for names in readers.values():
+            planned = [n for n in names if n in products]
             if not planned:
                 continue
-            floats = [n for n in names if n not in planned] + self.function_readers(names[0])
+            floats = [n for n in names if n not in products] + self.function_readers(products[planned[0]])
+            if not floats and len({products[n].rows for n in planned}) > 1:
+                floats = [n for n in planned if any(_overlap(products[n].rows, products[o].rows) for o in planned)]
+            if len(planned) > 1:        # parts that no rule quantizes
+                floats += [n for n in planned if products[n].plan.kind == "Part" and n not in self.rules]
             if floats:
                 for name in planned:
-                    del self.result.layers[name]
-                    self.result.kept[name] = f"its weight is shared with {floats[0]}, which stays float"
+                    self.keep_float(name, products[name], f"its weight is shared with {floats[0]}, which stays float")
                 continue
-            specs = {n: self.result.layers[n].weight for n in planned}
-            if len(set(specs.values())) > 1:
-                firm = {n: s for n, s in specs.items() if not self.rules[n].optional}
-                if len({s for n, s in firm.items() if self.rules[n].explicit or len(firm) == len(specs)}) > 1:
-                    raise PrepareError("a shared weight has one set of codes, but the rules disagree: " +
-                                       "; ".join(f"{n}: {s}" for n, s in specs.items()))
-                chosen = max((s for s in (firm or specs).values() if s is not None), key=lambda s: s.bits)
-                for name in planned:
-                    plan, others = self.result.layers[name], [n for n in planned if n != name]
-                    if plan.weight != chosen:
-                        plan.weight = chosen
-                        plan.reason = f"as {', '.join(others)}, shared weight"
-            for name in planned[1:]:
-                self.result.layers[name].tied_to = planned[0]
+            for rows in dict.fromkeys(products[n].rows for n in planned):
+                self.tie([n for n in planned if products[n].rows == rows], products)
 
-    def function_readers(self, owner: str) -> list[str]:
-        """Function calls that read the weight of a module (``F.linear(h, self.embedding.weight)``)."""
-        aliases = self.aliases[owner]
+    def tie(self, names: list[str], products: Mapping[str, Product]) -> None:
+        """Give products of one weight one spec, and one quantizer."""
+        specs = {n: products[n].plan.weight for n in names}
+        if len(set(specs.values())) > 1:
+            firm = {n: s for n, s in specs.items() if not self.rules[n].optional}
+            if len({s for n, s in firm.items() if self.rules[n].explicit or len(firm) == len(specs)}) > 1:
+                raise PrepareError("a shared weight has one set of codes, but the rules disagree: " +
+                                   "; ".join(f"{n}: {s}" for n, s in specs.items()))
+            chosen = max((s for s in (firm or specs).values() if s is not None), key=lambda s: s.bits)
+            for name in names:
+                plan, others = products[name].plan, [n for n in names if n != name]
+                if plan.weight != chosen:
+                    plan.weight = chosen
+                    plan.reason = f"as {', '.join(others)}, shared weight"
+        for name in names[1:]:
+            products[name].plan.tied_to = names[0]
+
+    def keep_float(self, name: str, product: Product, reason: str) -> None:
+        """Take a layer or part out of the plan again; a composite without any part left goes too."""
+        if name == product.owner:
+            del self.result.layers[name]
+            self.result.kept[name] = reason
+            return
+        product.plan.weight = product.plan.input = None
+        product.plan.reason = reason
+        layer = self.result.layers.get(product.owner)
+        if layer is not None and not any(p.weight or p.input for p in layer.parts.values()) and layer.output is None:
+            del self.result.layers[product.owner]
+            self.result.kept[product.owner] = reason
+
+    def function_readers(self, product: Product) -> list[str]:
+        """Function calls that read a weight (``F.linear(h, self.embedding.weight)``)."""
+        aliases = self.aliases[product.holder]
         return [f"a call of {c.function} in {c.owner or 'the model'}"
                 for c in (self.trace.functions if self.trace else ())
-                if not str(c.function).startswith("~") and c.owner not in aliases
-                and any(f"{a}.weight" in c.parameters for a in aliases)]
+                if not str(c.function).startswith("~") and c.owner not in (*aliases, product.owner)
+                and any(_join(a, product.attribute) in c.parameters for a in aliases)]
 
     # ------------------------------------------------------------------ what follows from who feeds whom
 
@@ -368,7 +476,7 @@ class Planner:
         for name in [n for n, p in layers.items() if p.output is not None]:
             plan, calls = layers[name], self.calls(name)
             assert plan.output is not None
-            if len(calls) != 1 or plan.output.granularity != "per_tensor" or not self.quiet(name):
+            if plan.parts or len(calls) != 1 or plan.output.granularity != "per_tensor" or not self.quiet(name):
                 continue
             tail = calls[0]
             if plan.batch_norm:
@@ -405,7 +513,7 @@ class Planner:
                     movers += more
                 continue
             plan = self.result.layers.get(reader.module)
-            if (plan is None or plan.kind == "Embedding" or not self.quiet(reader.module)
+            if (plan is None or plan.kind == "Embedding" or plan.parts or not self.quiet(reader.module)
                     or getattr(module, "padding_mode", "zeros") != "zeros"):
                 return None, []
             if plan.input is not None and plan.input.bits != spec.bits:
@@ -447,3 +555,13 @@ def unsigned(spec: TensorSpec) -> TensorSpec:
     """``spec`` for values that are never negative: unsigned codes whose lowest is real zero."""
     return spec.replace(format=spec.fmt.unsigned().name, symmetric=spec.learned != "pact",
                         learned="lsq" if spec.learned == "lsq_plus" else spec.learned)
+
+
+def _join(*names: str) -> str:
+    """A dotted name."""
+    return ".".join(n for n in names if n)
+
+
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    """Whether two different ranges of rows have a row in common; None is all rows."""
+    return a != b and (a is None or b is None or (a[0] < b[1] and b[0] < a[1]))

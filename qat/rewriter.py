@@ -18,6 +18,7 @@ from torch import nn
 
 from qat.errors import PrepareError
 from qat.modules.base import QuantizedModule, adopt, quantized_type
+from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat, keep_in
@@ -146,15 +147,18 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Swap the modules of ``model``, in place, as ``plan`` says."""
     modules = dict(model.named_modules())
-    for name, layer in sorted(plan.layers.items(), key=lambda item: item[1].tied_to is not None):
+    for name, layer in plan.layers.items():
         if name not in modules:
             raise PrepareError(f"the plan names a module {name!r} that this model does not have")
         module, quantized = modules[name], quantized_type(modules[name])
         if quantized is None or quantized.replaces.__name__ != layer.kind:
             raise PrepareError(f"{name} is a {type(module).__name__}, but the plan was made for a {layer.kind}")
-        shared = modules[layer.tied_to].weight_quantizer if layer.tied_to else None
-        swapped = quantized.swap(module, name, layer, shared)
-        swapped.backward_dtype = plan.backward_dtype
+        quantized.swap(module, name, layer)
+    swapped = quantized_modules(model)
+    for one in swapped.values():
+        one.backward_dtype = plan.backward_dtype
+        if one.plan.tied_to is not None:
+            one.weight_quantizer = swapped[one.plan.tied_to].weight_quantizer
     folded = {layer.batch_norm: name for name, layer in plan.layers.items() if layer.batch_norm}
     for name in plan.batch_norms:
         QuantizedBatchNorm.swap(modules[name], modules.get(folded.get(name, "\0")))
@@ -255,12 +259,21 @@ def coverage(model: nn.Module) -> Coverage:
     """
     state = prepared_state(model)
     rows: list[Row] = []
-    seen: set[int] = set()
+    seen: set[Any] = set()
+    held: dict[int, str] = {}               # children of composites whose weights are read by parts
     for name, module in model.named_modules():
         if getattr(module, "is_quantizer", False) or ".weight_quantizer" in name or ".input_quantizer" in name:
             continue
+        if isinstance(module, Part):
+            continue                        # its composite has said it
         if isinstance(module, QuantizedModule):
-            rows.append(_quantized_row(name, module, state, seen))
+            rows += _quantized_rows(name, module, state, seen)
+            if isinstance(module, Composite):
+                held.update({id(p.source.holder(module)): p.name for p in module.parts.values()})
+            continue
+        if id(module) in held:
+            rows.append(Row(name, type(module).__name__, "quantized", "in parts", "in parts", 0, 0,
+                            f"read by {held[id(module)]}"))
             continue
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
         seen.update(id(p) for p in own.values())
@@ -284,8 +297,19 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(tuple(rows))
 
 
-def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: set[int]) -> Row:
-    plan = module.plan
+def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: set[Any]) -> list[Row]:
+    """The row of a quantized module; for a composite also one for each part, which counts the part's parameters."""
+    if not isinstance(module, Composite):
+        return [_quantized_row(name, module, state.macs.get(name, 0), _own_params(module, seen))]
+    total = state.macs.get(name, 0)
+    macs = module.part_macs(total)
+    parts = [_quantized_row(f"{name}.{key}" if name else key, part, macs.get(key, 0), _part_params(part, seen))
+             for key, part in module.parts.items()]
+    return [_quantized_row(name, module, total - sum(macs.values()), _own_params(module, seen)), *parts]
+
+
+def _own_params(module: QuantizedModule, seen: set[Any]) -> int:
+    """Parameters of a module that nobody has counted yet."""
     params = 0
     if module.frozen:
         if id(module.weight_codes) not in seen:
@@ -295,6 +319,26 @@ def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: se
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
             params += parameter.numel()
+    return params
+
+
+def _part_params(part: Part, seen: set[Any]) -> int:
+    """The same for the rows of its composite's parameters that a part reads."""
+    params = _own_params(part, seen)
+    for path in (part.source.weight, part.source.bias):
+        holder, _, attribute = (path or "").rpartition(".")
+        parameter = part.owner.get_submodule(holder)._parameters.get(attribute)
+        if parameter is not None and (id(parameter), part.source.rows) not in seen:
+            if part.source.rows is not None or id(parameter) not in seen:
+                params += part.source.read(part.owner, str(path)).numel()
+            seen |= {id(parameter), (id(parameter), part.source.rows)}
+    return params
+
+
+def _quantized_row(name: str, module: QuantizedModule, macs: int, params: int) -> Row:
+    plan = module.plan
+    if isinstance(module, Part) and not (plan.weight or plan.input):
+        return Row(name, plan.kind, "kept", "", "", params, macs, plan.reason)
     reasons = [plan.reason] if plan.reason else []
     if plan.tied_to:
         reasons.append(f"weight shared with {plan.tied_to}, quantized once")
@@ -306,8 +350,9 @@ def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: se
         reasons.append(f"{plan.batch_norm} folded in eval")
     if plan.output:
         reasons.append(f"output {plan.output}" + (" as codes" if plan.emits_codes else ""))
-    return Row(name, plan.kind, "quantized", str(plan.weight or "float"), str(plan.input or "float"), params,
-               state.macs.get(name, 0), "; ".join(reasons))
+    inside = "in parts" if plan.parts else "float"
+    return Row(name, plan.kind, "quantized", str(plan.weight or inside), str(plan.input or inside), params, macs,
+               "; ".join(reasons))
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:

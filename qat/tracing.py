@@ -102,8 +102,8 @@ def leaves(values: Any) -> list[Any]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one step: it has no children, or torch runs it whole."""
-    return not any(True for c in module.children() if not getattr(c, "is_quantizer", False)) or isinstance(
-        module, nn.MultiheadAttention | nn.RNNBase)
+    return (not any(True for c in module.children() if not getattr(c, "is_quantizer", False))
+            or isinstance(module, nn.MultiheadAttention | nn.RNNBase) or getattr(module, "is_composite", False))
 
 
 class _Recorder(TorchFunctionMode):
@@ -265,6 +265,12 @@ def _module_macs(module: nn.Module, args: Any, first: Any) -> int:
     """Multiply-accumulates of a linear or convolution module; 0 for anything else."""
     if first is None:
         return 0
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):     # each weight once for each token
+        directions = 2 if getattr(module, "bidirectional", False) else 1
+        width = (getattr(module, "proj_size", 0) or module.hidden_size) * directions
+        names = [n for layer in getattr(module, "_all_weights", [["weight_ih", "weight_hh"]]) for n in layer]
+        used = sum(getattr(module, n).numel() for n in names if n.startswith("weight"))
+        return math.prod(first.shape) // width * used
     if isinstance(module, nn.Linear):
         return math.prod(first.shape) * module.in_features
     if isinstance(module, nn.modules.conv._ConvTransposeNd):

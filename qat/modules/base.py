@@ -8,7 +8,7 @@ the codes of the weight come from changes: from a float master weight and its qu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ class LayerPlan:
         chained: the input arrives as codes from the layer in front, so there is no input quantizer.
         emits_codes: every consumer of the output takes codes, so no float tensor is made.
         tied_to: name of the module whose weight, and weight quantizer, this one shares.
+        parts: for a composite (see :mod:`qat.modules.composite`): the plan of each of its products.
         reason: why the specs differ from the rule, if they do; for coverage.
     """
 
@@ -51,13 +52,17 @@ class LayerPlan:
     emits_codes: bool = False
     tied_to: str | None = None
     reason: str = ""
+    parts: dict[str, LayerPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict of what differs from the defaults."""
         result: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "kind" or value != f.default:
+            if f.name == "parts":
+                if value:
+                    result["parts"] = {name: part.to_dict() for name, part in value.items()}
+            elif f.name == "kind" or value != f.default:
                 value = value.to_dict() if isinstance(value, TensorSpec) else value
                 result[f.name] = list(value) if isinstance(value, tuple) else value
         return result
@@ -72,6 +77,7 @@ class LayerPlan:
             if values.get(key) is not None:
                 floor, ceiling = values[key]
                 values[key] = (floor, ceiling)
+        values["parts"] = {name: cls.from_dict(part) for name, part in (values.get("parts") or {}).items()}
         return cls(**values)
 
 
@@ -97,6 +103,23 @@ def _rebuilt(mixin: type, kind: type) -> Any:
     """An empty instance of an adopted type: how pickle, which cannot find the type by name, begins."""
     made = _adopted_type(mixin, kind)
     return made.__new__(made)
+
+
+def drop_float(module: nn.Module, name: str) -> None:
+    """Let ``module`` forget its parameter ``name``, and whatever computed it (weight norm, spectral norm)."""
+    if nn.utils.parametrize.is_parametrized(module, name):
+        parametrizations: Any = module.parametrizations
+        del parametrizations[name]
+        if not len(parametrizations):
+            del module.parametrizations
+    for handle, hook in list(module._forward_pre_hooks.items()):
+        if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", name) == name:
+            del module._forward_pre_hooks[handle]
+    for key in (name, f"{name}_g", f"{name}_v", f"{name}_orig"):
+        module._parameters.pop(key, None)
+        module.__dict__.pop(key, None)
+    for key in (f"{name}_u", f"{name}_v"):
+        module._buffers.pop(key, None)
 
 
 class QuantizedModule(nn.Module):
@@ -142,27 +165,35 @@ class QuantizedModule(nn.Module):
             weight_quantizer: that of the module whose weight this one is tied to.
         """
         adopted: QuantizedModule = adopt(cls, module)
-        adopted.plan = plan
-        adopted.name = name
-        adopted.calibrating = adopted.checking = False
-        adopted.backward_dtype = "auto"
-        adopted._batch_norm = []
-        adopted.float_dtype = next((p.dtype for p in adopted._parameters.values() if p is not None), torch.float32)
-        adopted._kernel = adopted._codes = adopted._one_row = None
+        adopted.equip(name, plan, weight_quantizer)
+        return adopted
+
+    def equip(self, name: str, plan: LayerPlan, weight_quantizer: Quantizer | None = None) -> None:
+        """Set up what a quantized module has beside the float one: its plan, its state, its quantizers."""
+        self.plan = plan
+        self.name = name
+        self.calibrating = self.checking = False
+        self.backward_dtype = "auto"
+        self._batch_norm = []
+        self._kernel = self._codes = self._one_row = None
+        self.float_dtype = self.initial_dtype()
         if weight_quantizer is None and plan.weight is not None:
-            weight_quantizer = make_quantizer(plan.weight, adopted.weight_matrix().shape)
-        adopted.weight_quantizer = weight_quantizer
-        adopted.make_activation_quantizers()
-        for role in ("weight", *cls.roles):
-            quantizer = getattr(adopted, f"{role}_quantizer")
+            weight_quantizer = make_quantizer(plan.weight, self.weight_matrix().shape)
+        self.weight_quantizer = weight_quantizer
+        self.make_activation_quantizers()
+        for role in ("weight", *self.roles):
+            quantizer = getattr(self, f"{role}_quantizer")
             if quantizer is not None:
-                quantizer.train(adopted.training)
+                quantizer.train(self.training)
                 if not quantizer.name:
                     quantizer.name = f"{name}.{role}"
-                device = adopted.device()
+                device = self.device()
                 if device is not None:
                     quantizer.to(device)
-        return adopted
+
+    def initial_dtype(self) -> torch.dtype:
+        """The dtype of the float module."""
+        return next((p.dtype for p in self._parameters.values() if p is not None), torch.float32)
 
     def make_activation_quantizers(self) -> None:
         """Build the quantizer of each of ``roles`` from the plan."""
@@ -283,19 +314,8 @@ class QuantizedModule(nn.Module):
             setattr(self, role, quantizer.freeze())
 
     def drop_float_weight(self) -> None:
-        """Forget the float weight, and whatever computed it (weight norm, spectral norm)."""
-        if nn.utils.parametrize.is_parametrized(self, "weight"):
-            del self.parametrizations["weight"]
-            if not len(self.parametrizations):
-                del self.parametrizations
-        for key, hook in list(self._forward_pre_hooks.items()):
-            if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-                del self._forward_pre_hooks[key]
-        for name in ("weight", "weight_g", "weight_v", "weight_orig"):
-            self._parameters.pop(name, None)
-            self.__dict__.pop(name, None)
-        for name in ("weight_u", "weight_v"):
-            self._buffers.pop(name, None)
+        """Forget the float weight, and whatever computed it."""
+        drop_float(self, "weight")
 
     def skeleton(self) -> None:
         """Replace the float weight of a freshly built module by empty packed codes, to load a checkpoint into."""
