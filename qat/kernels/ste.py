@@ -451,6 +451,64 @@ def _other_operand(g: Tensor, scale: Tensor, dtype: torch.dtype, multiply: Calla
     return multiply(g.to(dtype)).float().mul_(scale)
 
 
+def softmax(scores: Tensor, spec: TensorSpec, backward_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+    """``softmax(scores)`` over the last dimension as unsigned codes with zero point 0, whose values add up to one.
+
+        codes = round(exp(score - greatest) * hi)         in [0, 1] by nature: a range that needs no data
+        scale = 1 / (sum of the codes of a row)           so a row of probabilities sums to one in integers
+
+    Putting the *unnormalized* exponentials on the grid uses all of it in each row, however many keys share the
+    attention: probabilities themselves would all round to zero where more than twice ``hi`` keys share it evenly. A
+    row in which everything is masked (``-inf``) is all zeros.
+
+    Args:
+        scores: (..., queries, keys), float32; may hold ``-inf``.
+        spec: an unsigned format.
+        backward_dtype: the type in which the exponentials are kept for the backward.
+
+    The gradient is the softmax's, with the probabilities that were used: ``e / sum * (g - sum(g * probabilities))``.
+    """
+    if torch.is_grad_enabled() and scores.requires_grad:
+        carrier, codes, scale = _Softmax.apply(scores, spec, backward_dtype)
+    else:
+        carrier, (_, codes, scale) = None, _exponentials(scores, spec)
+    return QuantizedTensor(codes, scale, None, spec, carrier)
+
+
+def _exponentials(scores: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """``exp(score - greatest)``, its codes, and one over the sum of each row's codes."""
+    lowest = torch.finfo(scores.dtype).min
+    top = scores.amax(-1, keepdim=True).clamp(min=lowest) if scores.shape[-1] else scores.new_zeros(())
+    exponentials = (scores - top).exp_()
+    step = torch.full((), 1.0 / spec.fmt.hi, device=scores.device)
+    codes = affine.quantize(exponentials, step, None, spec.replace(granularity="per_tensor", dynamic=False))
+    return exponentials, codes, codes.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1).float().reciprocal_()
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, spec, backward_dtype):
+        exponentials, codes, scale = _exponentials(scores, spec)
+        ctx.hi = spec.fmt.hi
+        ctx.save_for_backward(exponentials.to(backward_dtype), codes, scale)
+        ctx.mark_non_differentiable(codes, scale)
+        return _ghost(scores), codes, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, *_):
+        exponentials, codes, scale = ctx.saved_tensors
+        mean = (g * codes).sum(-1, keepdim=True).mul_(scale)
+        return (g - mean).mul_(exponentials).mul_(scale * ctx.hi), None, None
+
+
+def dropout(x: QuantizedTensor, rate: float) -> QuantizedTensor:
+    """Codes of zero point 0 with dropout: dropped codes are 0, and the scale of the rest grows by ``1 / (1 - rate)``."""
+    keep = torch.empty_like(x.codes, dtype=torch.uint8).bernoulli_(1.0 - rate)
+    grown = 1.0 / (1.0 - rate) if rate < 1.0 else 1.0
+    return rearranged(x, x.codes * keep, lambda g: (g * keep).mul_(grown), x.scale * grown)
+
+
 # ------------------------------------------------------------------------------------- shape changes of codes
 
 

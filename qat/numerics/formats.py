@@ -116,6 +116,7 @@ FORMATS: dict[str, Format] = {
     for f in [
         *[f for bits in (8, 7, 6, 5, 4, 3, 2) for f in _affine(bits)],
         *[Format(f"int{b}_midrise", b, -(2 ** (b - 1)), 2 ** (b - 1) - 1, "midrise") for b in (4, 3, 2)],
+        Format("uint1", 1, 0, 1),
         Format("ternary", 2, -1, 1),
         Format("binary", 1, -1, 1, "sign"),
     ]
