@@ -24,11 +24,10 @@ from qat.tracing import Call, Key, Trace
 FUNCTIONS = ("Add", "Concat", "MatMul")
 """Kinds whose operands are quantized one by one, whether they come as codes or not."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-OPAQUE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention reads the raw weights of its children",
-    nn.TransformerEncoderLayer: "nn.TransformerEncoderLayer reads the raw weights of its children in eval",
-}
-"""Modules that bypass their children's forward: a swapped child would be silently inactive."""
+OPAQUE = "a floating point nn.MultiheadAttention reads the raw weights of its children"
+"""Why what is inside of a module that bypasses its children's forward stays float: a swap would be inactive."""
+WHOLES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Layers whose type a rule may name for all that is inside of them."""
 
 
 @dataclass
@@ -125,7 +124,7 @@ class Planner:
     def apply_rules(self) -> None:
         used: set[Rule] = set()
         refused: dict[Rule, str] = {}
-        opaque = {n: reason for n, m in self.modules.items() for kind, reason in OPAQUE.items() if isinstance(m, kind)}
+        opaque: set[str] = set()        # float attention, as far as it is known: parents come before their children
         held: set[str] = set()
         for name, module in self.modules.items():
             if name in held:            # its weight is a part of the composite around it
@@ -135,27 +134,29 @@ class Planner:
             quantized = quantized_type(module)
             parts: dict[str, Rule | None] = {}
             if quantized is not None and issubclass(quantized, Composite):
-                parts = {part: self.rule(name, part) for part in quantized.sources(module)}
+                parts = {part: self.rule(name, part) for part in (*quantized.sources(module), *quantized.products)}
                 if rule is None or rule.keep is not None:
                     rule = next((r for r in parts.values() if r is not None and r.keep is None), rule)
-            inside = next((o for o in opaque if name == o or name.startswith(f"{o}." if o else "")), None)
+            inside = any(name.startswith(f"{o}." if o else "") for o in opaque)
+            if isinstance(module, nn.MultiheadAttention):
+                opaque.add(name)
             if rule is None:
                 if leaf or quantized:
                     self.result.kept[name] = "no rule matches"
                 continue
             if rule.keep is not None:
-                if not leaf and inside is not None:
-                    self.result.kept[name] = f"{rule} keeps it; float32, since {opaque[inside]}"
+                if isinstance(module, nn.MultiheadAttention):
+                    self.result.kept[name] = f"{rule} keeps it; float32, since {OPAQUE}"
                 if leaf:
                     used.add(rule)
                     self.result.kept[name] = f"{rule} keeps it {rule.keep}"
                     if rule.keep != "float32":
-                        if inside is not None or isinstance(module, BATCH_NORMS):
-                            self.result.kept[name] += f"; float32, since {opaque.get(inside or '', 'batch norm')}"
+                        if inside or isinstance(module, BATCH_NORMS):
+                            self.result.kept[name] += f"; float32, since {OPAQUE if inside else 'batch norm'}"
                         else:
                             self.result.narrow[name] = rule.keep
                 continue
-            reason = self.obstacle(module, quantized, rule, opaque[inside] if inside is not None else None)
+            reason = OPAQUE if inside else self.obstacle(module, quantized, rule)
             if reason is not None:
                 refused.setdefault(rule, f"{name}: {reason}")
                 if leaf or any(p is not None for p in module._parameters.values()):
@@ -172,6 +173,7 @@ class Planner:
                 continue
             if issubclass(quantized, Composite):
                 used.update(r for r in parts.values() if r is not None)
+                opaque.discard(name)
                 held |= {_join(name, s.weight.rpartition(".")[0]) for s in quantized.sources(module).values()} - {name}
             used.add(rule)
             self.rules[name] = rule
@@ -193,13 +195,13 @@ class Planner:
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """The class names that a rule's ``type`` may name for a module."""
-        return tuple(c.__name__ for c in type(self.modules[name]).__mro__ if c not in (object, nn.Module))
+        steps = name.split(".")
+        around = [self.modules.get(".".join(steps[:i])) for i in range(len(steps))]
+        own: list[Any] = [self.modules[name], *(m for m in around if isinstance(m, WHOLES))]
+        return tuple(c.__name__ for m in own for c in type(m).__mro__ if c not in (object, nn.Module))
 
-    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule,
-                 opaque: str | None) -> str | None:
+    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
         """Why this module cannot be quantized, or None."""
-        if opaque is not None:
-            return opaque
         if quantized is None:
             base = next((b.__name__ for b in type(module).__mro__ if b in REGISTRY), None)
             if base is not None:
@@ -228,12 +230,15 @@ class Planner:
         plan = LayerPlan(quantized.replaces.__name__, output=None if rule.output is None
                          else rule.output.for_activation())
         for part, own in parts.items():
-            plan.parts[part] = LayerPlan("Part")
+            plan.parts[part] = LayerPlan("MatMul" if part in quantized.products else "Part")
             if own is None or own.keep is not None:
                 plan.parts[part].reason = "no rule matches" if own is None else f"{own} keeps it float32"
                 continue
-            plan.parts[part].weight = None if own.weight is None else own.weight.for_weight()
+            if part not in quantized.products:
+                plan.parts[part].weight = None if own.weight is None else own.weight.for_weight()
             plan.parts[part].input = None if own.input is None else own.input.for_activation()
+            if part in quantized.products and own.input is None:
+                plan.parts[part].reason = f"{own} leaves activations in floating point"
             self.rules[_join(name, part)] = own
         return plan
 

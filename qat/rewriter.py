@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qat.errors import PrepareError
+from qat.modules.attention import step_by_step
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
@@ -168,6 +169,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         take_codes(modules[name])
     for name, dtype in plan.narrow.items():
         keep_in(modules[name], dtype)
+    step_by_step(model)
     return model
 
 
@@ -260,16 +262,21 @@ def coverage(model: nn.Module) -> Coverage:
     state = prepared_state(model)
     rows: list[Row] = []
     seen: set[Any] = set()
+    between: set[int] = set()               # a composite's products of two activations
     held: dict[int, str] = {}               # children of composites whose weights are read by parts
     for name, module in model.named_modules():
         if getattr(module, "is_quantizer", False) or ".weight_quantizer" in name or ".input_quantizer" in name:
             continue
         if isinstance(module, Part):
             continue                        # its composite has said it
+        if id(module) in between:
+            continue
         if isinstance(module, QuantizedModule):
             rows += _quantized_rows(name, module, state, seen)
             if isinstance(module, Composite):
-                held.update({id(p.source.holder(module)): p.name for p in module.parts.values()})
+                held.update({id(h): p.name for p in module.parts.values()
+                             if (h := p.source.holder(module)) is not module})
+                between |= {id(m) for m in module.between_activations.values()}
             continue
         if id(module) in held:
             rows.append(Row(name, type(module).__name__, "quantized", "in parts", "in parts", 0, 0,
@@ -305,6 +312,8 @@ def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: s
     macs = module.part_macs(total)
     parts = [_quantized_row(f"{name}.{key}" if name else key, part, macs.get(key, 0), _part_params(part, seen))
              for key, part in module.parts.items()]
+    parts += [_quantized_row(f"{name}.{key}" if name else key, product, 0, 0)
+              for key, product in module.between_activations.items()]
     return [_quantized_row(name, module, total - sum(macs.values()), _own_params(module, seen)), *parts]
 
 
@@ -328,16 +337,17 @@ def _part_params(part: Part, seen: set[Any]) -> int:
     for path in (part.source.weight, part.source.bias):
         holder, _, attribute = (path or "").rpartition(".")
         parameter = part.owner.get_submodule(holder)._parameters.get(attribute)
-        if parameter is not None and (id(parameter), part.source.rows) not in seen:
-            if part.source.rows is not None or id(parameter) not in seen:
+        rows = part.source.rows_of(str(path))
+        if parameter is not None and (id(parameter), rows) not in seen:
+            if rows is not None or id(parameter) not in seen:
                 params += part.source.read(part.owner, str(path)).numel()
-            seen |= {id(parameter), (id(parameter), part.source.rows)}
+            seen |= {id(parameter), (id(parameter), rows)}
     return params
 
 
 def _quantized_row(name: str, module: QuantizedModule, macs: int, params: int) -> Row:
     plan = module.plan
-    if isinstance(module, Part) and not (plan.weight or plan.input):
+    if not (plan.weight or plan.input or plan.output or plan.parts):
         return Row(name, plan.kind, "kept", "", "", params, macs, plan.reason)
     reasons = [plan.reason] if plan.reason else []
     if plan.tied_to:

@@ -79,28 +79,40 @@ def _ghost(like: Tensor, shape: torch.Size | None = None) -> Tensor:
     return like.new_empty(()).expand(like.shape if shape is None else shape)
 
 
+def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Grid,
+                     absorbed: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Codes, and a uint8 mask of where gradient passes (None: everywhere).
+
+    Args:
+        absorbed: the lowest code is an absorbed ReLU's zero, so the codes tell themselves where it cut.
+    """
+    spec, fmt = grid.spec, grid.spec.fmt
+    clamped = x
+    if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
+        clamped = x.clamp(grid.floor, grid.ceiling)
+    inside = None
+    if grid.clipped and fmt.grid == "sign":
+        inside = (clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW).view(torch.uint8)
+        codes = affine.quantize(clamped, scale, zero_point, spec)
+    elif grid.clipped:
+        codes, inside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=absorbed)
+    else:
+        codes = affine.quantize(clamped, scale, zero_point, spec)
+    for end, within in ((None if absorbed else grid.floor, torch.gt), (grid.ceiling, torch.lt)):
+        if end is not None:
+            passes = within(x, end).view(torch.uint8)
+            inside = passes if inside is None else inside.bitwise_and_(passes)
+    return codes, inside
+
+
 class _Quantize(torch.autograd.Function):
     """Masks are uint8, 1 where gradient passes: a multiplication by them is in place and does not branch."""
 
     @staticmethod
     def forward(ctx, x, scale, offset, zero_point, grid):
-        spec, fmt = grid.spec, grid.spec.fmt
-        clamped = x
-        if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
-            clamped = x.clamp(grid.floor, grid.ceiling)
-        inside = None
-        ctx.absorbed = grid.floor == 0.0 and fmt.lo == (zero_point or 0) and not isinstance(zero_point, Tensor)
-        if grid.clipped and fmt.grid == "sign":
-            inside = (clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW).view(torch.uint8)
-            codes = affine.quantize(clamped, scale, zero_point, spec)
-        elif grid.clipped:
-            codes, inside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=ctx.absorbed)
-        else:
-            codes = affine.quantize(clamped, scale, zero_point, spec)
-        for end, within in ((None if ctx.absorbed else grid.floor, torch.gt), (grid.ceiling, torch.lt)):
-            if end is not None:
-                passes = within(x, end).view(torch.uint8)
-                inside = passes if inside is None else inside.bitwise_and_(passes)
+        fixed = not isinstance(zero_point, Tensor)
+        ctx.absorbed = fixed and grid.floor == 0.0 and grid.spec.fmt.lo == (zero_point or 0)
+        codes, inside = quantize_marking(x, scale, zero_point, grid, ctx.absorbed)
         ctx.grid, ctx.zero_point = grid, zero_point
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(_sparse(inside), codes if learns or ctx.absorbed else None,
@@ -114,7 +126,7 @@ class _Quantize(torch.autograd.Function):
         inside, codes, x, scale, offset = ctx.saved_tensors
         g_scale = g_offset = None
         if x is not None:
-            g_scale, g_offset = _scale_gradient(g, _dense(inside, x), x, scale, codes, offset, ctx.zero_point,
+            g_scale, g_offset = scale_gradient(g, _dense(inside, x), x, scale, codes, offset, ctx.zero_point,
                                                 ctx.grid)
         if not ctx.needs_input_grad[0]:
             return None, g_scale, g_offset, None, None
@@ -155,7 +167,7 @@ def _dense(inside: Tensor | None, like: Tensor) -> Tensor | None:
     return mask.index_fill_(0, inside, 0).view(like.shape)
 
 
-def _scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
+def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
                     zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
     spec, fmt = grid.spec, grid.spec.fmt
@@ -300,7 +312,7 @@ class _Product(torch.autograd.Function):
         return g_x, g_w, g_gain, g_bias, None
 
 
-def _weight_values(call: Product, dtype: torch.dtype) -> Tensor:
+def weight_values(call: Product, dtype: torch.dtype) -> Tensor:
     """Dequantized weight with the gain, rounded to the backward's dtype: (out, in) or (out, in // groups, *kernel)."""
     values = affine.blocks(call.w.levels(torch.float32), call.w.spec)
     scale = call.multiplier_w()
@@ -327,7 +339,7 @@ def _linear_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> t
     if need_x:
         scale = call.multiplier_w()
         if scale.dim() == 2:
-            g_x = g_low @ _weight_values(call, dtype)
+            g_x = g_low @ weight_values(call, dtype)
         else:
             levels = call.w.levels(dtype)  # a fresh tensor: scaled in place
             g_x = g_low @ levels.mul_(scale.to(dtype).unsqueeze(-1) if scale.dim() else scale.to(dtype))
@@ -341,7 +353,7 @@ def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool)
     levels = call.x.levels(dtype)
     if scale.dim():
         levels = levels * scale.to(dtype)
-    weight, g_low = _weight_values(call, dtype), g.to(dtype)
+    weight, g_low = weight_values(call, dtype), g.to(dtype)
 
     def backward(x: Tensor, stride: tuple[int, ...], mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward(
@@ -503,7 +515,7 @@ class _Softmax(torch.autograd.Function):
 
 
 def dropout(x: QuantizedTensor, rate: float) -> QuantizedTensor:
-    """Codes of zero point 0 with dropout: dropped codes are 0, and the scale of the rest grows by ``1 / (1 - rate)``."""
+    """Codes of zero point 0 with dropout: dropped codes are 0, and the others' scale grows by ``1 / (1 - rate)``."""
     keep = torch.empty_like(x.codes, dtype=torch.uint8).bernoulli_(1.0 - rate)
     grown = 1.0 / (1.0 - rate) if rate < 1.0 else 1.0
     return rearranged(x, x.codes * keep, lambda g: (g * keep).mul_(grown), x.scale * grown)

@@ -84,7 +84,7 @@ class Scores(QuantizedMatMul):
     def make_right_quantizer(self, spec: TensorSpec) -> Quantizer:
         return make_quantizer(spec)
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, q: Any, k: Any) -> Tensor:
         factor = 1.0 / math.sqrt(q.shape[-1])
         if self.calibrating or self.plan.input is None:
             left, right = self.float_operand(q, self.input_quantizer), self.float_operand(k, self.right_quantizer)
@@ -106,7 +106,7 @@ class Context(Scores):
         channels = self.owner.embed_dim
         return make_quantizer(spec.replace(granularity="per_column", observer=observer), torch.Size((1, channels)))
 
-    def forward(self, probabilities: Tensor | QuantizedTensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, probabilities: Any, v: Any) -> Tensor:
         if not isinstance(probabilities, QuantizedTensor):
             values = self.split(self.float_operand(v, self.right_quantizer))
             y = probabilities.to(values.dtype) @ values
@@ -142,7 +142,7 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):  # type: ig
     """
 
     replaces = nn.MultiheadAttention
-    products: ClassVar[dict[str, type[QuantizedMatMul]]] = {"scores": Scores, "context": Context}
+    products: ClassVar[dict[str, Any]] = {"scores": Scores, "context": Context}
 
     q: Part
     k: Part
@@ -154,14 +154,13 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):  # type: ig
     @classmethod
     def sources(cls, module: nn.Module) -> dict[str, Source]:
         width: Any = module.embed_dim
-        biased = module.in_proj_bias is not None
+        stacked = module.in_proj_weight is not None
+        bias = "in_proj_bias" if module.in_proj_bias is not None else None
         found = {}
         for i, name in enumerate("qkv"):
             rows = (i * width, (i + 1) * width)
-            whole = getattr(module, "_qkv_same_embed_dim")  # noqa: B009
-            weight = Source("in_proj_weight" if whole else f"{name}_proj_weight", None, rows if whole else None)
-            found[name] = Source(weight.weight, "in_proj_bias" if biased else None, weight.rows,
-                                 rows if biased else None)
+            found[name] = (Source("in_proj_weight", bias, rows) if stacked
+                           else Source(f"{name}_proj_weight", bias, None, rows))
         out: Any = module.out_proj
         return {**found, "out": Source("out_proj.weight", None if out.bias is None else "out_proj.bias")}
 
@@ -196,7 +195,7 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):  # type: ig
         value = key if same_value else self._batch_first(value, batched, swap)
         q, k, v = self._project(query, key, value)
         mask = self._mask(attn_mask, key_padding_mask, query.shape[0], query.shape[1], key.shape[1])
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(len(k), 1, -1)], 1)
             v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(v), 1, -1)], 1)
         if self.add_zero_attn:
@@ -234,16 +233,16 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):  # type: ig
     @staticmethod
     def _shares(one: Part, other: Part) -> bool:
         """Whether two parts put the same tensor on the same codes."""
-        a, b = one.input_quantizer, other.input_quantizer
+        a: Any = one.input_quantizer
+        b: Any = other.input_quantizer
         if (a is None or b is None or a.spec != b.spec or one.calibrating or a.observing or b.observing
                 or one.plan.weight is None or other.plan.weight is None or a.spec.learned):
             return False
         if isinstance(a, DynamicQuantizer):
             return True
-        scale: Any = a.scale
-        if scale.device.type != "cpu" or torch.compiler.is_compiling():     # looking would wait for the device
+        if a.scale.device.type != "cpu" or torch.compiler.is_compiling():     # looking would wait for the device
             return False
-        return torch.equal(scale, b.scale) and (a.zero_point is None or torch.equal(a.zero_point, b.zero_point))
+        return torch.equal(a.scale, b.scale) and (a.zero_point is None or torch.equal(a.zero_point, b.zero_point))
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, batch: int, queries: int,
               keys: int) -> Tensor | None:
@@ -280,7 +279,6 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):  # type: ig
         if integer and not self.calibrating:
             assert self.context.plan.input is not None
             codes = ste.softmax(scores, probability_spec(self.context.plan.input), self.context.backward_type(v))
-            codes.dtype = v.dtype
             codes = ste.dropout(codes, rate) if rate else codes
             return self.context(codes, v), codes
         top = torch.finfo(scores.dtype).min

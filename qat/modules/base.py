@@ -402,10 +402,10 @@ class QuantizedModule(nn.Module):
         device = x.codes.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def backward_type(self, x: QuantizedTensor) -> torch.dtype:
+    def backward_type(self, x: Tensor | QuantizedTensor) -> torch.dtype:
         if self.backward_dtype != "auto":
             return getattr(torch, self.backward_dtype)
-        low = torch.is_autocast_enabled(x.codes.device.type) or x.dtype in (torch.bfloat16, torch.float16)
+        low = torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.bfloat16, torch.float16)
         return torch.bfloat16 if low else torch.float32
 
     def finish(self, y: Tensor) -> Tensor | QuantizedTensor:

@@ -124,7 +124,7 @@ class QuantizedMatMul(QuantizedFunction, MatMul):
             a = ste.rearranged(a, a.codes.unsqueeze(0), lambda g: g.squeeze(0))
         if column:
             b = ste.rearranged(b, b.codes.unsqueeze(1), lambda g: g.squeeze(1))
-        call = ste.Matmul(a, b, factor, self.backward_type(a))
+        call = ste.Matmul(a, b, factor, self.backward_type(b))
         y = ste.matmul(call, dtype or self.result_dtype(a))
         if column:
             y = y.squeeze(-1)

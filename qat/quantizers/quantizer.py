@@ -66,9 +66,26 @@ class Quantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Take ``x`` into account for the range."""
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        """The codes of ``x``, with a carrier for the gradient where one is needed."""
+    def follow(self, x: Tensor) -> None:
+        """Observe ``x`` if the range is to follow the data now."""
+        if self.observing:
+            self.observe(x)
+
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        """Scale, zero point, grid and learned offset for ``x``: the arguments of :func:`qat.kernels.ste.quantize`.
+
+        Raises:
+            NotCalibratedError: there is no range yet.
+        """
         raise NotImplementedError
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The codes of ``x``, with a carrier for the gradient where one is needed.
+
+        Raises:
+            NotCalibratedError: there is no range yet.
+        """
+        return ste.quantize(x, *self.placing(x))
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of ``x``, in its shape."""
@@ -124,10 +141,10 @@ class DynamicQuantizer(Quantizer):
     It has no state, so a weight's scale follows the weight, and the first forward after ``load_state_dict`` is right.
     """
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
         seen = self.clamp(x.detach())
         scale, zero_point = dynamic_qparams(seen, self.spec)
-        return ste.quantize(x, scale, zero_point, self.grid(clipped=not self.is_weight and not self._covers()))
+        return scale, zero_point, self.grid(clipped=not self.is_weight and not self._covers()), None
 
     def _covers(self) -> bool:
         """Whether the range always holds the tensor, so that nothing is clipped."""
@@ -213,14 +230,8 @@ class StaticQuantizer(Quantizer):
             self.scale.fill_(torch.nan)
             self._calibrated = False
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        """The codes of ``x``.
-
-        Raises:
-            NotCalibratedError: there is no range yet.
-        """
-        if self.observing:
-            self.observe(x)
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        self.follow(x)
         if not self._calibrated:
             if self.is_weight and self.observer.empty:
                 self.observe(x)
@@ -228,7 +239,7 @@ class StaticQuantizer(Quantizer):
         if not self._calibrated:
             raise NotCalibratedError(f"{self.name or 'quantizer'} has no range yet: run qat.calibrate(model, batches) "
                                      "first, or use dynamic: true")
-        return ste.quantize(x, self.scale, self.fixed_zero_point(), self.grid())
+        return self.scale, self.fixed_zero_point(), self.grid(), None
 
     def freeze(self) -> Quantizer:
         """A quantizer with this scale and zero point and nothing else.
@@ -291,8 +302,8 @@ class FrozenQuantizer(Quantizer):
         """Scale and zero point."""
         return self.scale, self._zero_point
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        return ste.quantize(x, self.scale, self._zero_point, self.grid())
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        return self.scale, self._zero_point, self.grid(), None
 
 
 class LearnedQuantizer(StaticQuantizer):
@@ -348,16 +359,13 @@ class LearnedQuantizer(StaticQuantizer):
             return scale, int(zero_point) if zero_point.dim() == 0 else zero_point.to(torch.int32)
         return scale, 0 if self.zero_point is not None else None
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        if self.observing and not self._calibrated:
-            self.observe(x)
+    def follow(self, x: Tensor) -> None:
+        """Only the start of a learned scale comes from what is observed."""
         if not self._calibrated:
-            if self.is_weight and self.observer.empty:
-                self.observe(x)
-            self.settle()
-        if not self._calibrated:
-            raise NotCalibratedError(f"{self.name or 'quantizer'} has no range to start from: run qat.calibrate(model, "
-                                     "batches) first")
+            super().follow(x)
+
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        super().placing(x)
         scale, zero_point = self.present()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
@@ -367,7 +375,7 @@ class LearnedQuantizer(StaticQuantizer):
             per_scale /= max(1, x.shape[0])
         top = max(abs(self.spec.fmt.lo), self.spec.fmt.hi)
         grid = self.grid(learned=self.spec.learned, scale_gradient=1.0 / math.sqrt(max(1.0, per_scale) * top))
-        return ste.quantize(x, scale, zero_point, grid, self.offset)
+        return scale, zero_point, grid, self.offset
 
 
 def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None) -> Quantizer:
