@@ -253,6 +253,11 @@ class Coverage:
         return "\n".join(text)
 
 
+REMEDIES = {**dict.fromkeys(("matmul", "bmm", "mm"), "; for activations use qat.MatMul"),
+            "scaled_dot_product_attention": "; use nn.MultiheadAttention, or qat.MatMul for both products"}
+"""Functions -> the module to use in their place."""
+
+
 def coverage(model: nn.Module) -> Coverage:
     """Every parameter, and every matrix product the model was seen to make, as quantized or kept, with the reason.
 
@@ -297,7 +302,7 @@ def coverage(model: nn.Module) -> Coverage:
     for call in state.functions or ():
         used = f" of {', '.join(call.parameters)}" if call.parameters else ""
         rows.append(Row(f"{call.owner or 'model'}: {call.function}", "function", "kept", "", "", 0, call.macs,
-                        f"called as a function{used}: no module to swap"))
+                        f"called as a function{used}: no module to swap{REMEDIES.get(str(call.function), '')}"))
     if state.functions is None:
         rows.append(Row("(function calls)", "function", "unobserved", "", "", 0, 0,
                         "seen when the model runs: give prepare example_inputs, or calibrate"))

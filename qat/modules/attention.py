@@ -131,7 +131,7 @@ class Context(Scores):
 
 
 @register
-class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):  # type: ignore[misc]
+class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whole, on integers.
 
     Parts ``q``, ``k``, ``v`` and ``out`` read ``in_proj_weight`` (or the three separate matrices) and
