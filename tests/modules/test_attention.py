@@ -151,7 +151,7 @@ def test_the_forward_is_the_integer_formula() -> None:
     batch = self_inputs()
     layer = prepared(attention(), STATIC, batch)
     x = batch["query"]
-    q, k, v = (part(x).unflatten(-1, (4, 4)).transpose(1, 2) for part in (layer.q, layer.k, layer.v))
+    q, k = (part(x).unflatten(-1, (4, 4)).transpose(1, 2) for part in (layer.q, layer.k))
     left, right = layer.scores.input_quantizer, layer.scores.right_quantizer
     acc = (left.codes(q).long() - int(left.zero_point)) @ (right.codes(k).long() - int(right.zero_point)).mT
     scores = acc.float() * (left.scale * (right.scale * 0.5))
@@ -199,7 +199,7 @@ def test_the_gradient_of_softmax(bits: int) -> None:
     p = ste.softmax(scores, TensorSpec(f"uint{bits}", "per_token", symmetric=True, dynamic=True))
     got, = torch.autograd.grad(p.dequantize(), scores, g)
     expected, = torch.autograd.grad(scores.softmax(-1), scores, g)
-    torch.testing.assert_close(got, expected, rtol=0, atol=(0.01 if bits == 8 else 0.1) * float(expected.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=(0.01 if bits == 8 else 0.2) * float(expected.abs().max()))
 
 
 def test_dropout_drops_codes_and_keeps_the_mean() -> None:
@@ -209,7 +209,7 @@ def test_dropout_drops_codes_and_keeps_the_mean() -> None:
     values, kept = dropped.dequantize(), dropped.codes != 0
     assert 0.7 < float(kept.float().mean() / (p.codes != 0).float().mean()) < 0.8
     torch.testing.assert_close(values[kept], p.dequantize()[kept] / 0.75)
-    assert abs(float(values.sum(-1).mean()) - 1) < 0.05
+    assert abs(float(values.detach().sum(-1).mean()) - 1) < 0.05
     values.sum().backward()
     assert bool(scores.grad.any())
     assert not ste.dropout(p, 1.0).codes.any()
@@ -231,7 +231,8 @@ def test_gradients_are_those_of_float(form: str, recipe: dict[str, Any]) -> None
     model = attention(add_bias_kv=True, **({"kdim": 12, "vdim": 10} if form == "kdim" else {}))
     if form == "kdim":
         batch = {"query": torch.randn(4, 6, 16), "key": torch.randn(4, 7, 12), "value": torch.randn(4, 7, 10)}
-    layer = prepared(model, recipe, batch)
+    # wider than the data: at the ends of a range that just fits it, every other value is rounded off and masked
+    layer = prepared(model, recipe, {n: 1.3 * t for n, t in batch.items()} if form != "self" else self_inputs(64, 32))
     g = torch.randn_like(batch["query"])
     for m in (model, layer):
         (m(**batch)[0] * g).sum().backward()
@@ -240,7 +241,7 @@ def test_gradients_are_those_of_float(form: str, recipe: dict[str, Any]) -> None
         assert mine is not None
         assert bool(mine.any()), name
         error = float((mine - parameter.grad).norm() / parameter.grad.norm())
-        assert error < 0.1, (name, error)
+        assert error < 0.06, (name, error)
 
 
 @pytest.mark.parametrize("preset", ["w4a4", "w2a2", "w1a1"])
@@ -325,8 +326,8 @@ def test_what_is_refused() -> None:
         layer(**x, attn_mask=torch.zeros(7, 6))
     with pytest.raises(RuntimeError, match="key_padding_mask has shape"):
         layer(**x, key_padding_mask=torch.zeros(3, 6))
+    nested = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(2, 16)], layout=torch.jagged)
     with pytest.raises(UnsupportedError, match="nested"):
-        nested = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(2, 16)], layout=torch.jagged)
         layer(nested, nested, nested)
 
 
@@ -363,6 +364,8 @@ def assert_all_ran(model: nn.Module, x: Tensor, **more: Any) -> None:
     assert ran == wanted
 
 
+# the float model's: it takes the nested path
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("recipe", [STATIC, DYNAMIC, "w4a8"], ids=["static", "dynamic", "w4a8"])
 def test_encoders_do_not_take_the_fast_path(recipe: Any, norm_first: bool) -> None:
