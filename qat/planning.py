@@ -42,6 +42,7 @@ class Plan:
         batch_norms: names of all batch norms.
         kept: module or parameter name -> why it stays float.
         backward_dtype: see :class:`~qat.recipe.Recipe`.
+        traced: module name -> its new children, with their kinds, for functions that its forward called.
     """
 
     layers: dict[str, LayerPlan] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Plan:
     batch_norms: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     backward_dtype: str = "auto"
+    traced: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def structured(self) -> bool:
@@ -60,7 +62,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
                 "absorbed": list(self.absorbed), "movers": list(self.movers), "batch_norms": list(self.batch_norms),
-                "kept": dict(self.kept), "backward_dtype": self.backward_dtype}
+                "kept": dict(self.kept), "backward_dtype": self.backward_dtype,
+                "traced": {n: dict(made) for n, made in self.traced.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -184,6 +187,9 @@ class Planner:
                 continue                # an optional rule in front, as presets have, was faster
             if rule not in used and not rule.optional:
                 because = f" ({refused[rule]})" if rule in refused else ""
+                if rule.type in FUNCTIONS and not because:
+                    because = (f" (no qat.{rule.type} of that name, and no such function in a forward that can be "
+                               f"traced: write a qat.{rule.type} into the model)")
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
 

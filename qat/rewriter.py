@@ -23,9 +23,10 @@ from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat, keep_in
+from qat.modules.traced import KINDS, Traced, replace_functions, restore
 from qat.planning import Plan, Planner
 from qat.recipe import Recipe
-from qat.tracing import Call, leaves, run, trace_by_running, trace_symbolically
+from qat.tracing import Call, evaluating, leaves, run, trace_by_running, trace_symbolically
 
 
 @dataclass
@@ -85,12 +86,14 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
         except RuntimeError as error:
             raise PrepareError(f"this model cannot be copied ({error}); give inplace=True, or use the weight norm of "
                                "nn.utils.parametrizations") from None
+    traced = _functions_to_modules(model, recipe, example_inputs)
     trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
     plan = Planner(model, recipe, trace).plan()
     if example_inputs is not None and plan.structured and not _same_function(model, plan, example_inputs):
         warnings.warn("this model reads values between layers in ways that tracing does not see, so no batch norm is "
                       "folded, no ReLU absorbed and no codes are passed on", stacklevel=2)
         plan = Planner(model, recipe, None).plan()
+    plan.traced = traced
     model = carry_out(model, plan)
     functions = None
     if trace is not None and trace.executed:
@@ -102,6 +105,39 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)
     return model
+
+
+def _functions_to_modules(model: nn.Module, recipe: Recipe, inputs: Any) -> dict[str, dict[str, str]]:
+    """Make modules of the sums, concatenations and products that rules name by type, where forwards can be traced.
+
+    With example inputs the model must return the very same tensors afterwards; else everything is undone.
+    """
+    kinds = {r.type for r in recipe.rules if r.type in KINDS and r.keep is None}
+    if not kinds:
+        return {}
+
+    def results() -> list[torch.Tensor]:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [t.clone() for t in leaves(run(model, inputs)) if isinstance(t, torch.Tensor)]
+
+    before = results() if inputs is not None else []
+    traced = {n: made for n, m in list(model.named_modules()) if (made := replace_functions(m, kinds))}
+    if traced and inputs is not None:
+        try:
+            after = results()
+            same = len(after) == len(before) and all(map(_equal, before, after))
+        except Exception:  # a trace that does not run is a wrong one
+            same = False
+        if not same:
+            for name in traced:
+                restore(model.get_submodule(name))
+            traced = {}
+    return traced
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _same_function(model: nn.Module, plan: Plan, inputs: Any) -> bool:
@@ -147,6 +183,10 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Swap the modules of ``model``, in place, as ``plan`` says."""
+    for name, made in plan.traced.items():
+        owner = dict(model.named_modules()).get(name)
+        if owner is not None and not isinstance(owner, Traced) and replace_functions(owner, set(made.values())) != made:
+            raise PrepareError(f"{name}: its forward no longer calls the functions that the plan made modules of")
     modules = dict(model.named_modules())
     for name, layer in plan.layers.items():
         if name not in modules:
