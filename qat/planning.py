@@ -351,14 +351,14 @@ class Planner:
             floats = [n for n in names if n not in products] + self.function_readers(products[planned[0]])
             if not floats and len({products[n].rows for n in planned}) > 1:
                 floats = [n for n in planned if any(_overlap(products[n].rows, products[o].rows) for o in planned)]
-            if len(planned) > 1:        # parts that no rule quantizes
-                floats += [n for n in planned if products[n].plan.kind == "Part" and n not in self.rules]
-            if floats:
-                for name in planned:
-                    self.keep_float(name, products[name], f"its weight is shared with {floats[0]}, which stays float")
-                continue
             for rows in dict.fromkeys(products[n].rows for n in planned):
-                self.tie([n for n in planned if products[n].rows == rows], products)
+                sharing = [n for n in planned if products[n].rows == rows]
+                others = floats + [n for n in sharing if len(sharing) > 1 and products[n].plan.kind == "Part"
+                                   and n not in self.rules]     # a part that no rule quantizes
+                if not others:
+                    self.tie(sharing, products)
+                for name in sharing if others else ():
+                    self.keep_float(name, products[name], f"its weight is shared with {others[0]}, which stays float")
 
     def tie(self, names: list[str], products: Mapping[str, Product]) -> None:
         """Give products of one weight one spec, and one quantizer."""

@@ -384,7 +384,8 @@ def _part_params(part: Part, seen: set[Any]) -> int:
         parameter = part.owner.get_submodule(holder)._parameters.get(attribute)
         rows = part.source.rows_of(str(path))
         if parameter is not None and (id(parameter), rows) not in seen:
-            if rows is not None or id(parameter) not in seen:
+            counted = path == part.source.weight and part.frozen     # by its codes
+            if not counted and (rows is not None or id(parameter) not in seen):
                 params += part.source.read(part.owner, str(path)).numel()
             seen |= {id(parameter), (id(parameter), rows)}
     return params

@@ -372,17 +372,17 @@ def _present(zero_point: Tensor | int | None) -> TypeGuard[Tensor | int]:
     return isinstance(zero_point, Tensor) or bool(zero_point)
 
 
-class OneRow:
-    """One float32 row through a frozen linear layer on a CPU, in the fewest calls.
+class FewCalls:
+    """A few float32 rows through a linear layer whose ranges and weight stand still, on a CPU, in the fewest calls.
 
     The expressions are those of quantize, :class:`IntMM` and :func:`rescale`; what does not change is computed once.
-    At one row the calls themselves are what costs: this is a third of the time of going through all floors.
+    At few rows the calls themselves are what costs: one row takes a third of the time of going through all floors.
     """
 
     def __init__(self, x: QuantizedTensor, w: Weight, multiplier: Tensor, bias: Tensor | None) -> None:
         fmt, zero_point = x.spec.fmt, int(x.zero_point or 0)
         shift = 128 if fmt.signed else 0
-        self.scale, self.offset = x.scale, torch.tensor(float(zero_point + shift))
+        self.signed, self.scale, self.offset = fmt.signed, x.scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift
         self.columns = w.levels.t()
         self.taken_off = w.row_sums() * (zero_point + shift) if zero_point + shift else None
@@ -395,16 +395,24 @@ class OneRow:
                 and INT_MM.supports_linear(Activation.of(x), w))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` (..., in) with one row in all; float32 (..., out)."""
-        row = x if x.dim() == 2 else x.view(1, -1)
-        values = affine.quantize_to_bytes(row, self.scale, self.offset, self.lo, self.hi)
+        """``x`` (rows, in), or (..., in) with one row in all; float32 (..., out)."""
+        rows = x if x.dim() == 2 else x.view(1, -1)
+        y = self.product(affine.quantize_to_bytes(rows, self.scale, self.offset, self.lo, self.hi))
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """The same from codes (rows, in)."""
+        return self.product(codes.view(torch.uint8) ^ 128 if self.signed else codes)
+
+    def product(self, values: Tensor) -> Tensor:
+        """The same from codes as bytes: signed ones moved up by 128."""
         acc = torch._int_mm(values, self.columns)
         if self.taken_off is not None:
             acc.sub_(self.taken_off)
         y = acc.mul(self.multiplier)
         if self.bias is not None:
             y.add_(self.bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        return y
 
 
 class FloatCarrier(Backend):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.kernels import ste, table
-from qat.kernels.backends import OneRow
+from qat.kernels.backends import FewCalls
 from qat.modules.base import QuantizedModule, register
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
@@ -46,17 +46,17 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
                 and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or table.overridden()
                          or (x.requires_grad and torch.is_grad_enabled())))
 
-    def _serve_one_row(self, codes: QuantizedTensor) -> OneRow | bool:
+    def _serve_one_row(self, codes: QuantizedTensor) -> FewCalls | bool:
         """The short way for one row, or False where there is none."""
         weight = self.quantized_weight()
         kernel = self.kernel_weight(weight)
         assert kernel is not None
         fixed = isinstance(self.input_quantizer, FrozenQuantizer) and self.output_quantizer is None
         if not fixed or codes.device.type != "cpu" or weight.spec.granularity == "per_group" \
-                or not OneRow.serves(codes, kernel):
+                or not FewCalls.serves(codes, kernel):
             return False
         call = ste.Product(codes, weight, kernel)
-        return OneRow(codes, kernel, call.scale_x() * call.multiplier_w(), self.bias)
+        return FewCalls(codes, kernel, call.scale_x() * call.multiplier_w(), self.bias)
 
 
 @register

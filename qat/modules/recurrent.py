@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
-from qat.kernels import ste
+from qat.kernels import ste, table
+from qat.kernels.backends import FewCalls
 from qat.modules.base import LayerPlan, register
 from qat.modules.composite import Composite, Operand, Part, Source
 from qat.numerics.tensor import QuantizedTensor
@@ -44,7 +45,12 @@ class Gates:
     """What happens in one time step between the products, in float32.
 
     Shapes: gates (rows, gates * hidden); each tensor of the state (rows, hidden).
+
+    Attributes:
+        sums: both products enter as their sum only, so they have one gradient.
     """
+
+    sums: ClassVar[bool] = True
 
     @staticmethod
     def forward(x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
@@ -57,8 +63,12 @@ class Gates:
         raise NotImplementedError
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """The gradients of both products, and of the state before; from those of the state after."""
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
+        """The gradient of the state before (None: zero, but for the product); from that of the state after.
+
+        Args:
+            g_x, g_h: the gradients of both products are written here; one tensor for gates that only sum them.
+        """
         raise NotImplementedError
 
 
@@ -76,18 +86,20 @@ class LSTMGates(Gates):
         return (o * shown, cell), (opened, new, shown, state[1])
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
         opened, new, shown, cell = kept
         i, f, _, o = opened.chunk(4, -1)
         g_cell = g[1] + g[0] * o * (1 - shown * shown)
-        g_new = g_cell * i * (1 - new * new)
-        g_gates = torch.cat([g_cell * new, g_cell * cell, g_new, g[0] * shown], -1).mul_(opened * (1 - opened))
-        g_gates.chunk(4, -1)[2].copy_(g_new)
-        return g_gates, g_gates, [None, g_cell * f]
+        through = g_cell * i
+        torch.cat([g_cell * new, g_cell * cell, through, g[0] * shown], -1, out=g_h)
+        g_h.mul_(opened * (1 - opened)).chunk(4, -1)[2].copy_(through.mul_(1 - new * new))
+        return [None, g_cell * f]
 
 
 class GRUGates(Gates):
     """A reset gate, an update gate and a candidate."""
+
+    sums = False
 
     @staticmethod
     def forward(x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
@@ -99,12 +111,14 @@ class GRUGates(Gates):
         return (new + update * (state[0] - new),), (opened, new, recalled, state[0])
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
         opened, new, recalled, hidden = kept
         reset, update = opened.chunk(2, -1)
         g_new = g[0] * (1 - update) * (1 - new * new)
         g_opened = torch.cat([g_new * recalled, g[0] * (hidden - new)], -1).mul_(opened * (1 - opened))
-        return torch.cat([g_opened, g_new], -1), torch.cat([g_opened, g_new * reset], -1), [g[0] * update]
+        torch.cat([g_opened, g_new], -1, out=g_x)
+        torch.cat([g_opened, g_new * reset], -1, out=g_h)
+        return [g[0] * update]
 
 
 class TanhGates(Gates):
@@ -116,9 +130,9 @@ class TanhGates(Gates):
         return (new,), (new,)
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        g_gates = g[0] * (1 - kept[0] * kept[0])
-        return g_gates, g_gates, [None]
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
+        torch.mul(g[0], 1 - kept[0] * kept[0], out=g_h)
+        return [None]
 
 
 class ReLUGates(Gates):
@@ -130,9 +144,9 @@ class ReLUGates(Gates):
         return (new,), (new,)
 
     @staticmethod
-    def backward(kept: State, g: Gradients) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        g_gates = g[0] * (kept[0] > 0)
-        return g_gates, g_gates, [None]
+    def backward(kept: State, g: Gradients, g_x: Tensor, g_h: Tensor) -> list[Tensor | None]:
+        torch.mul(g[0], kept[0] > 0, out=g_h)
+        return [None]
 
 
 # -------------------------------------------------------------------------------------- products, step by step
@@ -145,19 +159,44 @@ class Stepped:
         part, operand: the part and its weight.
         dtype: what the state is rounded to in front of the product: the model's dtype.
         watched: the inputs of all steps, if somebody asked for them; else None.
+        short: the product in the fewest calls, where there is a short way; None before the first step.
     """
 
     def __init__(self, part: Part, dtype: torch.dtype) -> None:
         self.part, self.dtype = part, dtype
         self.operand: Operand = part.operand(dtype)
         self.watched: list[Tensor] | None = None
+        self.short: FewCalls | bool | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, in) to float32 (rows, out); differentiable step by step."""
         x = x.to(self.dtype)
         if self.watched is not None:
             self.watched.append(x.detach())
+        if not torch.is_grad_enabled() and x.shape[0]:
+            if self.short is None:
+                self.short = self._short_way(x)
+            if isinstance(self.short, FewCalls):
+                return self.short(x)
         return self.part(x, self.operand, torch.float32)
+
+    def _short_way(self, x: Tensor) -> FewCalls | bool:
+        """The product in the fewest calls, or False; the same bits."""
+        part, quantizer, operand = self.part, self.part.input_quantizer, self.operand
+        if (part.calibrating or operand.codes is None or operand.kernel is None or part._forward_hooks
+                or part._forward_pre_hooks or quantizer is None or isinstance(quantizer, DynamicQuantizer)
+                or not _only_places(quantizer) or not _has_range(quantizer) or x.dtype != torch.float32
+                or x.device.type != "cpu" or operand.codes.spec.granularity == "per_group" or table.overridden()):
+            return False
+        if isinstance(quantizer, StaticQuantizer) and quantizer.observing:
+            return False
+        scale, zero_point, grid, _ = quantizer.placing(x)
+        codes = ste.quantize(x, scale.detach(), zero_point, grid)
+        if grid.floor is not None or grid.ceiling is not None or not FewCalls.serves(codes, operand.kernel):
+            return False
+        call = ste.Product(codes, operand.codes, operand.kernel)
+        bias = None if operand.bias is None else operand.bias.detach().float()
+        return FewCalls(codes, operand.kernel, call.scale_x() * call.multiplier_w(), bias)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -177,6 +216,11 @@ class Stepped:
         (quantizer.observe if self.part.calibrating else quantizer.follow)(seen)
 
 
+def _only_places(quantizer: Quantizer) -> bool:
+    """Whether a quantizer does nothing but put values on a grid, and nobody listens in."""
+    return type(quantizer).quantize is Quantizer.quantize and not quantizer._forward_hooks
+
+
 def _has_range(quantizer: Quantizer | None) -> bool:
     return not isinstance(quantizer, StaticQuantizer) or quantizer.calibrated or not quantizer.observer.empty
 
@@ -185,18 +229,20 @@ class Recorded(Stepped):
     """A stepped part whose backward is in closed form: one product for each step, one for the weight at the end.
 
     Attributes:
-        records: for each step what the backward needs: codes or values, mask, scale, zero point, input.
+        records: for each step, in the order of time once the backward begins, what it needs: codes or values, mask,
+            scale, zero point, input.
     """
 
     def __init__(self, stepped: Stepped, like: Tensor) -> None:
         self.part, self.operand, self.dtype = stepped.part, stepped.operand, stepped.dtype
-        self.watched = stepped.watched
+        self.watched, self.short = stepped.watched, None
         self.records: list[tuple[Any, ...]] = []
         quantizer = self.part.input_quantizer
         self.placing = None if quantizer is None or isinstance(quantizer, DynamicQuantizer) else quantizer.placing(like)
         weight = self.operand.values if self.operand.codes is None else self.operand.codes.carrier
         scale, offset = (self.placing[0], self.placing[3]) if self.placing is not None else (None, None)
         self.leaves = [weight, self.operand.bias, scale, offset]
+        self.learns = any(t is not None and t.requires_grad for t in (scale, offset))
 
     @staticmethod
     def possible(stepped: Stepped) -> bool:
@@ -205,7 +251,7 @@ class Recorded(Stepped):
         quantizer = part.input_quantizer
         if part.calibrating or part._forward_hooks or part._forward_pre_hooks or not _has_range(quantizer):
             return False
-        return quantizer is None or (type(quantizer).quantize is Quantizer.quantize and not quantizer._forward_hooks)
+        return quantizer is None or _only_places(quantizer)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -219,19 +265,19 @@ class Recorded(Stepped):
         codes, inside = ste.quantize_marking(x, scale, zero_point, grid)
         placed = QuantizedTensor(codes, scale.detach(), zero_point, grid.spec, None, x.dtype)
         offsets = zero_point if isinstance(zero_point, Tensor) else None
-        self.records.append((codes, inside, placed.scale, offsets, x if self._learns() else None))
+        self.records.append((codes, inside, placed.scale, offsets, x if self.learns else None))
+        if self.short is None and x.shape[0]:
+            self.short = self._short_way(x)
+        if isinstance(self.short, FewCalls) and x.shape[0]:
+            return self.short.of_codes(codes)
         return self.part(placed, self.operand, torch.float32)
-
-    def _learns(self) -> bool:
-        return any(t is not None and t.requires_grad for t in self.leaves[2:])
 
     # ------------------------------------------------------------------ backward
 
     def start(self) -> None:
         """Prepare to go back through time."""
         codes = self.operand.codes
-        self.gradients: list[Tensor] = []
-        self.input_gradients: list[Tensor] = []
+        self.input_gradients: dict[int, Tensor] = {}
         if codes is None:
             assert self.operand.values is not None
             low = self.operand.values.dtype in (torch.float16, torch.bfloat16)
@@ -244,30 +290,30 @@ class Recorded(Stepped):
 
     def back(self, step: int, g: Tensor) -> Tensor:
         """The gradient of one step's input, float32, from that of its output."""
-        self.gradients.append(g)
         g_x = (g.to(self.backward_dtype) @ self.values).float()
         inside = self.records[step][1]
-        if self._learns():
-            self.input_gradients.append(g_x)
-        return g_x if inside is None else g_x * inside
+        if self.learns:
+            self.input_gradients[step] = g_x
+            return g_x.clone() if inside is None else g_x * inside
+        return g_x if inside is None else g_x.mul_(inside)
 
-    def finish(self) -> list[Tensor | None]:
-        """The gradients of weight, bias, scale and offset."""
-        g = torch.cat(self.gradients[::-1])
+    def finish(self, g: Tensor) -> list[Tensor | None]:
+        """The gradients of weight, bias, scale and offset, from that of all outputs (rows, out)."""
         weight, bias, scale, offset = self.leaves
         g_weight = g_scale = g_offset = None
         if weight is not None and weight.requires_grad:
             g_weight = self._weight_gradient(g).to(weight.dtype)
         g_bias = g.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
-        if self._learns():
+        if self.learns:
             assert self.placing is not None
             assert scale is not None
             codes, inside, x = (torch.cat([r[i] for r in self.records]) if self.records[0][i] is not None else None
                                 for i in (0, 1, 4))
             assert codes is not None
             assert x is not None
-            g_scale, g_offset = ste.scale_gradient(torch.cat(self.input_gradients[::-1]), inside, x, scale.detach(),
-                                                   codes, offset, self.placing[1], self.placing[2])
+            g_input = torch.cat([self.input_gradients[i] for i in range(len(self.records))])
+            g_scale, g_offset = ste.scale_gradient(g_input, inside, x, scale.detach(), codes, offset, self.placing[1],
+                                                   self.placing[2])
         return [g_weight, g_bias, g_scale, g_offset]
 
     def _weight_gradient(self, g: Tensor) -> Tensor:
@@ -305,6 +351,7 @@ class Sweep:
         hidden: the recurrent product.
         projection: the product that projects the hidden state, or None.
         dtype: of the output.
+        kept: what the gates keep of each step for the backward; None: nothing.
     """
 
     gates: type[Gates]
@@ -313,7 +360,7 @@ class Sweep:
     hidden: Stepped
     projection: Stepped | None
     dtype: torch.dtype
-    kept: list[State] = field(default_factory=list)
+    kept: list[State] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -339,7 +386,8 @@ class Sweep:
             if self.projection is not None:
                 new = (self.projection(new[0]), *new[1:])
             outputs[step] = new[0].to(self.dtype)
-            self.kept.append(kept)
+            if self.kept is not None:
+                self.kept.append(kept)
             state = new if size == everyone else tuple(torch.cat([n, s[size:]]) for n, s in zip(new, state))
         return torch.cat(outputs), state
 
@@ -354,13 +402,11 @@ class Sweep:
 
     def _run(self, stepped: list[Stepped], x: Tensor, state: State) -> tuple[Tensor, State]:
         if not torch.is_grad_enabled() or not all(Recorded.possible(s) for s in stepped):
-            output, state = self.forward(x, state)
-            self.kept.clear()
-            return output, state
+            return self.forward(x, state)
         recorded = [Recorded(s, like) for s, like in zip(stepped, (state[0], state[-1]))]
         leaves = [t for r in recorded for t in r.leaves]
         sweep = Sweep(self.gates, self.sizes, self.reverse, recorded[0], recorded[1] if self.projection else None,
-                      self.dtype)
+                      self.dtype, [])
         output, *state_after = _ThroughTime.apply(sweep, len(state), x, *state, *leaves)
         return output, tuple(state_after)
 
@@ -377,7 +423,7 @@ class _ThroughTime(torch.autograd.Function):
         flat = [t for kept in lists for step in kept for t in step]
         ctx.save_for_backward(*flat)
         ctx.widths = [len(kept[0]) for kept in lists]
-        sweep.kept, parts[0].records = [], []
+        sweep.kept = None
         for part in parts:
             part.records, part.watched = [], None
         ctx.sweep, ctx.parts, ctx.count = sweep, parts, count
@@ -393,26 +439,31 @@ class _ThroughTime(torch.autograd.Function):
             taken, saved = saved[: width * len(sweep.sizes)], saved[width * len(sweep.sizes) :]
             lists.append([tuple(taken[i : i + width]) for i in range(0, len(taken), width)])
         for part, records in zip(parts, lists[1:]):
-            part.records = records
+            part.records = records[::-1] if sweep.reverse else records
             part.start()
-        outputs = g_output.float().split(list(sweep.sizes))
-        g_x = [g_output] * len(outputs)
+        sizes = list(sweep.sizes)
+        outputs = g_output.float().split(sizes)
+        g_h = outputs[0].new_empty(sum(sizes), parts[0].values.shape[0])
+        g_x = g_h if sweep.gates.sums else torch.empty_like(g_h)
+        slots_h, slots_x = g_h.split(sizes), g_x.split(sizes)
+        g_projected: list[Tensor] = [g_h] * len(sizes)
         g = [s.float() for s in g_state]
         everyone = g[0].shape[0]
-        for index, step in reversed(list(enumerate(sweep.steps))):
-            size = sweep.sizes[step]
+        for kept, step in zip(reversed(lists[0]), reversed(sweep.steps)):
+            size = sizes[step]
             live = g if size == everyone else [s[:size] for s in g]
             live = [live[0] + outputs[step], *live[1:]]
             if len(parts) > 1:
-                live[0] = parts[1].back(index, live[0])
-            g_x[step], g_h, before = sweep.gates.backward(lists[0][index], live)
-            through = parts[0].back(index, g_h)
-            before[0] = through if before[0] is None else through + before[0]
+                g_projected[step] = live[0]
+                live[0] = parts[1].back(step, live[0])
+            before = sweep.gates.backward(kept, live, slots_x[step], slots_h[step])
+            through = parts[0].back(step, slots_h[step])
+            before[0] = through if before[0] is None else through.add_(before[0])
             g = before if size == everyone else [torch.cat([b, s[size:]]) for b, s in zip(before, g)]
-        gradients = [t for part in parts for t in part.finish()]
+        gradients = parts[0].finish(g_h) + (parts[1].finish(torch.cat(g_projected)) if len(parts) > 1 else [])
         for part in parts:
             part.records = []
-        return (None, None, torch.cat(g_x), *g, *gradients)
+        return (None, None, g_x, *g, *gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ layers

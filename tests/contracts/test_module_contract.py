@@ -195,7 +195,8 @@ class TestContract:
             assert torch.equal(result.state_dict()[name], value)
         fresh = qat.calibrate(qat.prepare(other, self.recipe(kind, scheme)), [x])
         if scheme in ("dynamic", "weight only"):
-            assert torch.equal(joined(result.eval()(*x)), joined(fresh.eval()(*x))), "something of the old is left"
+            same = torch.equal(joined(result.eval()(*x)), joined(fresh.eval()(*x)))
+            assert same, "something of the old weight is left"
 
     def test_state_dict_round_trip(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
