@@ -10,6 +10,7 @@
 
 from qat import errors
 from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
+from qat.compression import ChannelReport, Pruning, prune, prune_channels, sparsity
 from qat.deploy import Certificate, convert, load, save
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat, MatMul
@@ -19,6 +20,7 @@ from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
-__all__ = ["Add", "Certificate", "Concat", "Coverage", "FakeQuantize", "MatMul", "QuantizationError", "QuantizedTensor",
-           "Recipe", "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm",
-           "freeze_ranges", "is_prepared", "load", "prepare", "reestimate_batch_norm", "save", "set_observing"]
+__all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "FakeQuantize", "MatMul", "Pruning",
+           "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "calibrate", "convert", "coverage",
+           "errors", "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "prepare", "prune", "prune_channels",
+           "reestimate_batch_norm", "save", "set_observing", "sparsity"]

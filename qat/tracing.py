@@ -63,10 +63,11 @@ class Call:
 
 @dataclass
 class Trace:
-    """All calls in order, and the keys of the tensors that the model returned."""
+    """All calls in order, the keys of the tensors that the model returned, and (of a run) the shapes of all tensors."""
 
     calls: list[Call] = field(default_factory=list)
     returned: set[Key] = field(default_factory=set)
+    shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     executed: bool = False
 
     def of(self, module: str) -> list[Call]:
@@ -129,6 +130,7 @@ class _Recorder(TorchFunctionMode):
                         self.count += 1
                         self.numbers[t] = self.count
                     found.append((self.numbers[t], 0 if t.is_inference() else t._version))
+                    self.trace.shapes[found[-1]] = tuple(t.shape)
         return found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

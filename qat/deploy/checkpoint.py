@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from qat.compression.channels import pruned_shapes, take_shapes
 from qat.deploy.convert import drop_folded, share_codes
 from qat.errors import CheckpointError, PrepareError, QuantizationError
 from qat.modules.base import QuantizedModule
@@ -88,6 +89,7 @@ def _manifest(deployed: nn.Module, tensors: dict[str, Tensor], aliases: dict[str
         "tensors": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
                     for n, t in tensors.items()},
         "weight_shapes": {n: list(m.weight_shape) for n, m in quantized_modules(deployed).items() if m.frozen},
+        "pruned_shapes": pruned_shapes(deployed),
         "aliases": aliases, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data),
     }
 
@@ -113,7 +115,8 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
     """The deployed model in the directory ``path``.
 
     Args:
-        skeleton: a float model of the same architecture; its weights are not used, and it is not changed.
+        skeleton: a float model of the same architecture; its weights are not used, and it is not changed. Of a model
+            whose channels were pruned, the architecture before that: the smaller shapes are in the manifest.
 
     Raises:
         CheckpointError: a damaged, incomplete or unsafe file, another version, or another architecture; the message
@@ -126,7 +129,7 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         recipe, plan = Recipe.from_dict(manifest["recipe"]), Plan.from_dict(manifest["plan"])
         if is_prepared(skeleton):
             raise PrepareError("the skeleton is prepared already: give the float architecture")
-        model = carry_out(copy.deepcopy(skeleton), plan).eval()
+        model = carry_out(take_shapes(copy.deepcopy(skeleton), manifest.get("pruned_shapes", {})), plan).eval()
     except (QuantizationError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} does not fit this architecture: {error}") from None
     modules = quantized_modules(model)
@@ -180,6 +183,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
+    pruned = manifest.get("pruned_shapes", {})
+    if not isinstance(pruned, dict) or not all(isinstance(shape, list) for shape in pruned.values()):
+        raise CheckpointError(f"{path} is damaged: pruned_shapes are not lists by name")
     if not all(isinstance(owner, str) for owner in manifest["aliases"].values()):
         raise CheckpointError(f"{path} is damaged: aliases are not names")
     if not all(isinstance(entry, list) and len(entry) == 4 for entry in manifest["functions"]):

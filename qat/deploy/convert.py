@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.compression.pruning import sparsity
 from qat.errors import ConvertError, NotCalibratedError, ParityError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
@@ -30,6 +31,7 @@ class Certificate:
         max_output_difference: greatest absolute difference of any output of the model.
         prediction_agreement: share of equal ``argmax`` over the last dimension of the first output; 1.0 if it has none.
         equal: whether every output was equal bit for bit.
+        sparsity: layer -> zeros found in its packed integers, see :func:`qat.sparsity`.
     """
 
     batches: int = 0
@@ -38,15 +40,23 @@ class Certificate:
     max_output_difference: float = 0.0
     prediction_agreement: float = 1.0
     equal: bool = True
+    sparsity: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of the packed integers that are level 0; 0 for a model without any."""
+        weights = sum(s["weights"] for s in self.sparsity.values())
+        return sum(s["zeros"] for s in self.sparsity.values()) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "layers": {n: dict(v) for n, v in self.layers.items()}}
+        return {**vars(self), "layers": {n: dict(v) for n, v in self.layers.items()},
+                "total_sparsity": self.total_sparsity, "sparsity": {n: dict(v) for n, v in self.sparsity.items()}}
 
     def __str__(self) -> str:
         worst = max((max(v.values(), default=0) for v in self.layers.values()), default=0)
         return (f"{len(self.layers)} layers, {self.samples} samples: greatest code difference {worst}, greatest output "
                 f"difference {self.max_output_difference:g}, predictions equal {self.prediction_agreement:.2%}, "
-                f"{'equal bit for bit' if self.equal else 'NOT EQUAL'}")
+                f"{'equal bit for bit' if self.equal else 'NOT EQUAL'}, {self.total_sparsity:.1%} of the weights are 0")
 
 
 def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> tuple[nn.Module, Certificate]:
@@ -175,7 +185,7 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
     Raises:
         ParityError: any code or any output differs; the message names the first layer.
     """
-    certificate = Certificate()
+    certificate = Certificate(sparsity=sparsity(deployed))
     frozen = quantized_modules(deployed)
     watching = [(q, q.observing) for q in prepared.modules() if isinstance(q, Quantizer)]
     for q, _ in watching:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat.kernels.contract import Activation, Geometry, Weight, check_int32, matmul_bound
 from qat.numerics import affine
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.formats import TensorSpec
 
 INT32_LIMIT = 2**31
 
@@ -82,8 +82,7 @@ def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Ten
         y = (acc if taken_off is None else acc - taken_off).float() * multiplier
         return y if bias is None else y.add_(bias)
     y = torch.empty_like(acc, dtype=torch.float32)
-    size = max(1, affine.PIECE * acc.shape[0] // acc.numel())
-    for target, piece in zip(y.split(size), acc.split(size)):  # in pieces that stay in the cache
+    for target, piece in zip(affine.pieces(y), affine.pieces(acc)):
         target.copy_(piece if taken_off is None else piece.sub_(taken_off)).mul_(multiplier)
         if bias is not None:
             target.add_(bias)
@@ -377,39 +376,52 @@ class FewCalls:
 
     The expressions are those of quantize, :class:`IntMM` and :func:`rescale`; what does not change is computed once.
     At few rows the calls themselves are what costs: one row takes a third of the time of going through all floors.
+
+    Args:
+        spec: of the codes: affine.
+        w: the weight.
+        multiplier_w: what one level of the weight is worth, (out,) or ().
+        bias: (out,) or None.
+        scale, zero_point: of the codes; no scale: that of the row itself (symmetric; one row only).
     """
 
-    def __init__(self, x: QuantizedTensor, w: Weight, multiplier: Tensor, bias: Tensor | None) -> None:
-        fmt, zero_point = x.spec.fmt, int(x.zero_point or 0)
+    def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None,
+                 scale: Tensor | None, zero_point: int = 0) -> None:
+        fmt = spec.fmt
         shift = 128 if fmt.signed else 0
-        self.signed, self.scale, self.offset = fmt.signed, x.scale, torch.tensor(float(zero_point + shift))
+        self.spec, self.scale, self.offset = spec, scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift
         self.columns = w.levels.t()
         self.taken_off = w.row_sums() * (zero_point + shift) if zero_point + shift else None
-        self.multiplier, self.bias = multiplier, bias
+        self.multiplier = multiplier_w if scale is None else scale * multiplier_w
+        self.bias = bias
 
     @staticmethod
-    def serves(x: QuantizedTensor, w: Weight) -> bool:
-        """Whether a layer with such codes can be served: one scale, an affine grid, and the matrix-vector kernel."""
-        return (x.spec.fmt.grid == "affine" and x.scale.dim() == 0 and not isinstance(x.zero_point, Tensor)
-                and INT_MM.supports_linear(Activation.of(x), w))
+    def serves(values: Tensor, spec: TensorSpec, zero_point: Tensor | int | None, w: Weight) -> bool:
+        """Whether there is such a way for codes ``values``: one zero point, an affine grid, an integer kernel."""
+        return (values.device.type == "cpu" and spec.fmt.grid == "affine" and not isinstance(zero_point, Tensor)
+                and INT_MM.supports_linear(Activation(values, zero_point, 255), w))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (rows, in), or (..., in) with one row in all; float32 (..., out)."""
         rows = x if x.dim() == 2 else x.view(1, -1)
-        y = self.product(affine.quantize_to_bytes(rows, self.scale, self.offset, self.lo, self.hi))
+        scale = affine.symmetric_scale(rows, self.spec) if self.scale is None else self.scale
+        y = self.product(affine.quantize_to_bytes(rows, scale, self.offset, self.lo, self.hi), scale)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def of_codes(self, codes: Tensor) -> Tensor:
-        """The same from codes (rows, in)."""
-        return self.product(codes.view(torch.uint8) ^ 128 if self.signed else codes)
+        """The same from codes (rows, in) of the fixed scale."""
+        return self.product(codes.view(torch.uint8) ^ 128 if self.spec.fmt.signed else codes, self.scale)
 
-    def product(self, values: Tensor) -> Tensor:
+    def product(self, values: Tensor, scale: Tensor | None) -> Tensor:
         """The same from codes as bytes: signed ones moved up by 128."""
         acc = torch._int_mm(values, self.columns)
         if self.taken_off is not None:
             acc.sub_(self.taken_off)
         y = acc.mul(self.multiplier)
+        if self.scale is None:
+            assert scale is not None
+            y.mul_(scale)
         if self.bias is not None:
             y.add_(self.bias)
         return y

@@ -130,13 +130,12 @@ class _Quantize(torch.autograd.Function):
                                                 ctx.grid)
         if not ctx.needs_input_grad[0]:
             return None, g_scale, g_offset, None, None
-        # a gradient that reaches a carrier is nobody else's, so it can be masked in place
-        if inside is not None:
-            g = _masked(g, inside)
         if ctx.absorbed:  # the absorbed ReLU's mask is in the codes themselves
             lo = ctx.grid.spec.fmt.lo
-            g = g.mul_(codes.clamp(max=1) if lo == 0 else codes.ne(lo).view(torch.uint8))
-        return g, g_scale, g_offset, None, None
+            above = codes.clamp(max=1) if lo == 0 else codes.ne(lo).view(torch.uint8)
+            inside = above if inside is None else _masked(above, inside)
+        # a gradient that reaches a carrier is nobody else's, so it can be masked in place
+        return g if inside is None else _masked(g, inside), g_scale, g_offset, None, None
 
 
 def _sparse(inside: Tensor | None) -> Tensor | None:
@@ -145,9 +144,9 @@ def _sparse(inside: Tensor | None) -> Tensor | None:
         return inside
     if bool(inside.all()):
         return None
-    zeros = inside.numel() - int(inside.count_nonzero())
-    thin = zeros * 64 < inside.numel() and inside.is_contiguous()
-    return (inside.view(-1) == 0).nonzero().squeeze(1) if thin else inside
+    if not inside.is_contiguous() or (inside.numel() - int(inside.count_nonzero())) * 64 >= inside.numel():
+        return inside
+    return (inside.view(-1) == 0).nonzero().squeeze(1)
 
 
 def _masked(g: Tensor, inside: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ def _masked(g: Tensor, inside: Tensor) -> Tensor:
         return g.mul_(inside)
     if not g.is_contiguous():
         g = g.contiguous()
-    return g.view(-1).index_fill_(0, inside, 0.0).view(g.shape)
+    return g.view(-1).index_fill_(0, inside, 0).view(g.shape)
 
 
 def _dense(inside: Tensor | None, like: Tensor) -> Tensor | None:

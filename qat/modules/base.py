@@ -236,6 +236,13 @@ class QuantizedModule(nn.Module):
         """The inverse of :meth:`weight_matrix`."""
         return matrix
 
+    def float_weight(self) -> Tensor:
+        """The float weight as the float module would use it, with pruned values at zero."""
+        quantizer = self.weight_quantizer
+        if quantizer is None or quantizer.mask is None:
+            return self.weight
+        return self.weight_from_matrix(quantizer.masked(self.weight_matrix()))
+
     def quantized_weight(self) -> QuantizedTensor:
         """The weight's codes, with output channels first."""
         if self.frozen:

@@ -125,7 +125,7 @@ class Part(QuantizedModule):
     def operand(self, dtype: torch.dtype) -> Operand:
         """The weight, for products with activations of ``dtype``."""
         if self.calibrating or self.plan.weight is None:
-            return Operand(self.weight.to(dtype), None, None, self.bias)
+            return Operand(self.float_weight().to(dtype), None, None, self.bias)
         weight = self.quantized_weight()
         if self.plan.input is None:
             return Operand(weight.dequantize(dtype), None, None, self.bias)

@@ -185,18 +185,20 @@ class Stepped:
         part, quantizer, operand = self.part, self.part.input_quantizer, self.operand
         if (part.calibrating or operand.codes is None or operand.kernel is None or part._forward_hooks
                 or part._forward_pre_hooks or quantizer is None or isinstance(quantizer, DynamicQuantizer)
-                or not _only_places(quantizer) or not _has_range(quantizer) or x.dtype != torch.float32
+                or not quantizer.only_places or not _has_range(quantizer) or x.dtype != torch.float32
                 or x.device.type != "cpu" or operand.codes.spec.granularity == "per_group" or table.overridden()):
             return False
         if isinstance(quantizer, StaticQuantizer) and quantizer.observing:
             return False
         scale, zero_point, grid, _ = quantizer.placing(x)
         codes = ste.quantize(x, scale.detach(), zero_point, grid)
-        if grid.floor is not None or grid.ceiling is not None or not FewCalls.serves(codes, operand.kernel):
+        if grid.floor is not None or grid.ceiling is not None or not FewCalls.serves(
+                codes.codes, grid.spec, zero_point, operand.kernel):
             return False
-        call = ste.Product(codes, operand.codes, operand.kernel)
+        assert not isinstance(zero_point, Tensor)
+        call = ste.Product(codes, operand.codes)
         bias = None if operand.bias is None else operand.bias.detach().float()
-        return FewCalls(codes, operand.kernel, call.scale_x() * call.multiplier_w(), bias)
+        return FewCalls(grid.spec, operand.kernel, call.multiplier_w(), bias, call.scale_x(), zero_point or 0)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -214,11 +216,6 @@ class Stepped:
             quantizer.observing = True
         seen, self.watched = torch.cat(self.watched), None
         (quantizer.observe if self.part.calibrating else quantizer.follow)(seen)
-
-
-def _only_places(quantizer: Quantizer) -> bool:
-    """Whether a quantizer does nothing but put values on a grid, and nobody listens in."""
-    return type(quantizer).quantize is Quantizer.quantize and not quantizer._forward_hooks
 
 
 def _has_range(quantizer: Quantizer | None) -> bool:
@@ -251,7 +248,7 @@ class Recorded(Stepped):
         quantizer = part.input_quantizer
         if part.calibrating or part._forward_hooks or part._forward_pre_hooks or not _has_range(quantizer):
             return False
-        return quantizer is None or _only_places(quantizer)
+        return quantizer is None or quantizer.only_places
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)

@@ -23,11 +23,13 @@ from rich.markup import escape
 import qat
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim
 from qat.reporting import compare, read_csv
 from qat.training.build import allow_targets, build
 
+OVERRIDES = ("weight", "input", "rules", "edges", "backward_dtype", "calibration")  # of Recipe.preset
 Task = Callable[[DictConfig, Console], None]
 
 
@@ -42,6 +44,7 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         full = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (a.lower() for a in sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them its own way
         OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+        keep_freed_memory()
         console = Console()
         if not full:
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
@@ -142,12 +145,16 @@ def explain(error: Exception, config_folder: Path, config_name: str) -> str:
         return f"{group}={choice}: there is no such choice{nearest(choice, error.options) or '.'} Choices: {choices}."
     if found := re.match(r"ConfigError raised while resolving interpolation: (.*)", str(error)):
         return found[1]
+    if found := re.match(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", str(error)):
+        return f"{found[2]} follows {found[1]}, which is not set here: give {found[2]}=<value>."
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         if found := re.search(r"Missing mandatory value: (\S+)", str(error)):
             return f"{found[1]} must be given: {found[1]}=<value>."
         found = re.search(r"(?:Could not override|Key) '([^']+)'", str(error))
+        if found and found[1].split(".")[:2] in [["recipe", key] for key in OVERRIDES]:
+            return f"{found[1]} is not set by this recipe; a plus sign adds it: +{found[1]}=<value>."
         if found:
-            keys = sorted(set(_known_keys(config_folder, config_name)))
+            keys = sorted({*_known_keys(config_folder, config_name), *(f"recipe.{key}" for key in OVERRIDES)})
             return f"There is no option {found[1]!r}{nearest(found[1], keys) or '.'} (--help lists all options.)"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}."

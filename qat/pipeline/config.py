@@ -15,8 +15,8 @@ from qat.training.callbacks import QuantizationSchedule
 
 # What describes the run, and is stored with it ...
 STORED = (
-    "seed", "fold", "model", "data", "recipe", "schedule", "loss", "metrics", "optimizer", "scheduler", "trainer",
-    "checkpoint", "early_stopping", "logger",
+    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "loss", "metrics", "optimizer", "scheduler",
+    "trainer", "checkpoint", "early_stopping", "logger",
 )  # fmt: skip
 # ... and what describes one call of the command.
 OF_THE_CALL = ("resume", "debug", "allow_targets", "run", "deployed")
@@ -44,11 +44,21 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         "schedule.",
     )
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
+    pruning = qat.Pruning.from_dict(values["prune"])
+    if pruning.masks and values["checkpoint"]["monitor"]:
+        raise ConfigError("checkpoint.monitor keeps the best weights, which may be from before the pruning was done: "
+                          "with prune= leave it out.")
     check_keys(values["checkpoint"], ("every_n_steps", "monitor", "mode"), "checkpoint.")
     check_keys(values["early_stopping"], ("monitor", "patience", "mode", "min_delta"), "early_stopping.")
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")
     if not values["metrics"]:
         raise ConfigError("metrics needs at least one torchmetrics config: the first one is the score of the table.")
+    logged = ["train_loss", "val_loss", *(f"val_{name}" for name in values["metrics"])]
+    for section in ("checkpoint", "early_stopping"):
+        monitor = values[section]["monitor"]
+        if monitor is not None and monitor not in logged:
+            raise ConfigError(f"{section}.monitor: {monitor!r} is not logged{nearest(str(monitor), logged) or '.'} "
+                              f"Logged are {', '.join(logged)}.")
     for name in ("seed", "fold"):
         if not isinstance(values[name], int) or values[name] < 0:
             raise ConfigError(f"{name} must be a whole number of at least 0, not {values[name]!r}.")
@@ -61,7 +71,8 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         check(values["scheduler"], "scheduler", "optimizer")
     for name, metric in values["metrics"].items():
         check(metric, f"metrics.{name}")
-    return {key: values[key] for key in STORED} | {"recipe": read_recipe(values["recipe"]).to_dict()}
+    written_out = {"recipe": read_recipe(values["recipe"]).to_dict(), "prune": pruning.to_dict()}
+    return {key: values[key] for key in STORED} | written_out
 
 
 def read_recipe(section: Mapping[str, Any] | None) -> qat.Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 import qat
+from qat.compression.channels import take_shapes
 from qat.errors import CheckpointError
 from qat.pipeline.storage import load_weights
 from qat.reporting import Results, Row
@@ -28,6 +30,22 @@ def weights_file(folder: Path, model: str) -> Path:
     return folder / "deployed" / "model.safetensors" if model == "deployed" else folder / model / "weights.safetensors"
 
 
+def channel_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors that channel pruning made smaller in the run ``folder``; empty without it.
+
+    Raises:
+        CheckpointError: the file that holds them is damaged.
+    """
+    path = folder / "ptq" / "pruned_shapes.json"
+    if not path.exists():
+        return {}
+    try:
+        shapes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return shapes
+
+
 def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inputs: Any) -> nn.Module:
     """One model of the table, in eval mode, with the weights of the run ``folder``.
 
@@ -40,6 +58,7 @@ def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inpu
     if model == "deployed":
         return qat.load(folder / "deployed", network).eval()
     if model in ("ptq", "qat"):
+        network = take_shapes(network, channel_shapes(folder))
         network = qat.prepare(network, qat.Recipe.from_dict(config["recipe"]), example_inputs)
     load_weights(network, weights_file(folder, model))
     return network.eval()

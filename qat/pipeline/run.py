@@ -35,14 +35,17 @@ from rich.console import Console
 from torch import nn
 
 import qat
+from qat.compression.channels import pruned_shapes
+from qat.compression.pruning import Pruning, attach
 from qat.errors import ConfigError
-from qat.pipeline.evaluation import MODELS, first_example, load_model, measure, move, weights_file
+from qat.pipeline.evaluation import MODELS, channel_shapes, first_example, load_model, measure, move, weights_file
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.reporting import Results, read_csv, report
 from qat.training.build import build, check_arguments
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import ClassificationData, stream_seed
-from qat.training.module import QuantizedTraining
+from qat.training.module import QuantizedTraining, call_network, shapes
+from qat.training.pruning import PruningSchedule
 
 
 class Run:
@@ -60,6 +63,7 @@ class Run:
         self.config, self.folder, self.console = config, folder, console or Console()
         self.recipe = qat.Recipe.from_dict(config["recipe"])
         self.schedule = dict(config["schedule"])
+        self.pruning = Pruning.from_dict(config["prune"])
         self.data: ClassificationData = build(config["data"], "data")
         if not isinstance(self.data, L.LightningDataModule) or not hasattr(self.data, "calibration_dataloader"):
             raise ConfigError("data must build a LightningDataModule with a calibration_dataloader() method.")
@@ -83,7 +87,11 @@ class Run:
         """
         if not (self.folder / "stages" / "ptq.json").exists():
             # A recipe that does not fit the network is an error now, and not after an hour of float training.
-            qat.prepare(build(self.config["model"], "model"), self.recipe, self._example, inplace=True)
+            network = build(self.config["model"], "model")
+            _check_fit(network, self._example)
+            prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
+            if self.pruning.masks:
+                attach(prepared, self.pruning)
         path = self.folder / "config.yaml"
         text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
         if not path.exists():
@@ -100,9 +108,10 @@ class Run:
                 continue
             start = time.perf_counter()
             said = getattr(self, f"_{name}")()
-            write_text(done, json.dumps(said, indent=1))
+            seconds = time.perf_counter() - start
+            write_text(done, json.dumps({**said, "seconds": round(seconds, 1)}, indent=1))
             words = "  ".join(f"{key} {value}" for key, value in said.items())
-            self.console.print(f"{head} {words}  [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+            self.console.print(f"{head} {words}  [dim]{seconds:.1f} s[/]", highlight=False)
         results = self._results
         self.console.print(results.render())
         return results
@@ -123,26 +132,41 @@ class Run:
         return self._fit("control", module, self.extra_epochs)
 
     def _ptq(self) -> dict[str, Any]:
-        network = qat.prepare(self._load("float"), self.recipe, self._example).to(self.device)
+        network, parameters = self._cut(self._load("float"))
+        write_text(self.folder / "ptq" / "pruned_shapes.json", json.dumps(pruned_shapes(network)))
+        network = qat.prepare(network, self.recipe, self._example).to(self.device)
         qat.calibrate(network, self._inputs(self.schedule["calibration_batches"]))
         save_weights(network, weights_file(self.folder, "ptq"))
-        return {"batches": self.schedule["calibration_batches"]}
+        return {"batches": self.schedule["calibration_batches"]} | parameters
+
+    def _cut(self, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The float network without its least important channels, where they are pruned, and the parameters left."""
+        if self.pruning.method != "channels":
+            return network, {}
+        options = self.pruning
+        network, report = qat.prune_channels(network.eval(), self._example, options.sparsity, options.multiple_of,
+                                             options.exclude, inplace=True)
+        return network, {"parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}"}
 
     def _qat(self) -> dict[str, Any]:
         module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"])
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
         phases = QuantizationSchedule(calibration_batches=0, **self.schedule["phases"])
-        return self._fit("qat", module, self.extra_epochs, phases)
+        pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
+        return self._fit("qat", module, self.extra_epochs, phases, *pruning)
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load("qat").to(self.device)
+        if self.pruning.masks:
+            attach(prepared, self.pruning)  # the masks came with the weights; so coverage says what was pruned
         deployed, certificate = qat.convert(prepared, self._inputs(self.schedule["calibration_batches"]))
         qat.save(deployed, self.folder / "deployed")
         write_text(self.folder / "deployed" / "config.yaml", (self.folder / "config.yaml").read_text(encoding="utf-8"))
         write_text(self.folder / "certificate.json", json.dumps(certificate.to_dict(), indent=1))
         write_text(self.folder / "coverage.json", json.dumps(qat.coverage(prepared).to_dict(), indent=1))
-        return {"equal": certificate.to_dict()["equal"]}
+        found = {"zeros": f"{certificate.total_sparsity:.1%}"} if self.pruning.masks else {}
+        return {"equal": certificate.to_dict()["equal"]} | found
 
     def _table(self) -> dict[str, Any]:
         results = self._results = self.evaluate()
@@ -199,6 +223,8 @@ class Run:
             optimizer=dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate),
             scheduler=config["scheduler"],
             metrics=config["metrics"],
+            prune=None if recipe is None else config["prune"],
+            pruned_shapes=None if recipe is None else channel_shapes(self.folder),
             scale_lr_factor=self.schedule["scale_learning_rate"],
             seed=config["seed"],
         )
@@ -289,3 +315,18 @@ class Run:
             title: {stage: sorted(points.items()) for stage, points in stages.items()}
             for title, stages in curves.items()
         }
+
+
+def _check_fit(network: nn.Module, example: Any) -> None:
+    """Run the network on one example of the data.
+
+    Raises:
+        ConfigError: it cannot take it (a wrong number of inputs or channels, say).
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            call_network(network.eval(), example)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        said = json.dumps(shapes(example))
+        raise ConfigError(f"model: {type(network).__name__} cannot take the inputs that data gives, {said}: "
+                          f"{str(error).strip().splitlines()[0]}. Set the options of model= to fit data=.") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qat.errors import CalibrationError, NotCalibratedError, SpecError
 from qat.kernels import ste
@@ -33,9 +34,13 @@ class Quantizer(nn.Module):
         name: dotted name in the model, for messages.
         observing: whether ranges move. Set by ``calibrate`` and the schedule; independent of ``train()``/``eval()``.
         floor, ceiling: clamp of an absorbed activation function (ReLU: 0 and None).
+        mask: bool, in the shape of the weight: False where the weight is pruned; None: nothing is. A buffer.
+        scores: float32, in the shape of the weight: what movement pruning trains; None elsewhere. A parameter.
     """
 
     is_quantizer = True
+    mask: Tensor | None
+    scores: nn.Parameter | None
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__()
@@ -45,6 +50,8 @@ class Quantizer(nn.Module):
         self.observing = False
         self.floor: float | None = None
         self.ceiling: float | None = None
+        self.register_buffer("mask", None)
+        self.register_parameter("scores", None)
 
     @property
     def is_weight(self) -> bool:
@@ -63,6 +70,12 @@ class Quantizer(nn.Module):
         """The absorbed activation function alone, in floating point."""
         return x if self.floor is None and self.ceiling is None else x.clamp(self.floor, self.ceiling)
 
+    def masked(self, x: Tensor) -> Tensor:
+        """The weight with pruned values at zero, which every grid that holds zero has a code for (level 0)."""
+        if self.mask is None:
+            return x
+        return torch.where(self.mask, x, 0.0) if self.scores is None else _Movement.apply(x, self.scores, self.mask)
+
     def observe(self, x: Tensor) -> None:
         """Take ``x`` into account for the range."""
 
@@ -79,12 +92,18 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def only_places(self) -> bool:
+        """Whether :meth:`placing` says all there is to quantizing: then others may do it in a way of their own."""
+        return type(self).quantize is Quantizer.quantize and not (self._forward_hooks or self._forward_pre_hooks)
+
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """The codes of ``x``, with a carrier for the gradient where one is needed.
 
         Raises:
             NotCalibratedError: there is no range yet.
         """
+        x = self.masked(x)
         return ste.quantize(x, *self.placing(x))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -122,17 +141,54 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A state dict without any of this quantizer's tensors is a float checkpoint: nothing is missing then."""
         own = set(self._parameters) | set(self._buffers)
-        if not own or any(key.startswith(prefix) for key in state_dict):
+        known = any(key.startswith(prefix) for key in state_dict)
+        if self.is_weight:
+            self._match_pruning(state_dict, prefix, known)
+        if not own or known:
             super()._load_from_state_dict(state_dict, prefix, *args)
             self.loaded()
         else:
             self.restart()
+
+    def _match_pruning(self, state_dict: dict[str, Any], prefix: str, known: bool) -> None:
+        """Have a mask and scores where the checkpoint has them; one without them is that of a dense model."""
+        empty: dict[str, Any] = {"mask": lambda like: torch.ones_like(like, dtype=torch.bool),
+                                 "scores": lambda like: torch.zeros_like(like, dtype=torch.float32)}
+        for key, make in empty.items():
+            own, stored = getattr(self, key), state_dict.get(prefix + key)
+            if own is None and stored is not None:
+                assert self.shape is not None
+                value = make(torch.empty(self.shape, device=stored.device))
+                setattr(self, key, nn.Parameter(value) if key == "scores" else value)
+            elif own is not None and stored is None:
+                own.data.copy_(make(own.data))
+                if known:
+                    state_dict[prefix + key] = own.data
 
     def loaded(self) -> None:
         """Called after a state dict was loaded."""
 
     def restart(self) -> None:
         """Called when a float checkpoint was loaded: what was derived from the old weights is void."""
+
+
+class _Movement(torch.autograd.Function):
+    """The masked weight; scores get the gradient that a soft mask would (Sanh et al. 2020, movement pruning).
+
+    ``dL/dscores = dL/dmasked * weight``, pruned positions included: so a weight that wants to move away from zero
+    comes back.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask):
+        ctx.save_for_backward(weight, mask)
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        weight, mask = ctx.saved_tensors
+        return torch.where(mask, gradient, 0.0), gradient.float() * weight, None
 
 
 class DynamicQuantizer(Quantizer):
@@ -143,7 +199,7 @@ class DynamicQuantizer(Quantizer):
 
     def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
         seen = self.clamp(x.detach())
-        scale, zero_point = dynamic_qparams(seen, self.spec)
+        scale, zero_point = dynamic_qparams(seen, self.spec, self.mask)
         return scale, zero_point, self.grid(clipped=not self.is_weight and not self._covers()), None
 
     def _covers(self) -> bool:
@@ -151,10 +207,13 @@ class DynamicQuantizer(Quantizer):
         return self.spec.fmt.grid != "sign" and self.floor is None and self.ceiling is None
 
 
-def dynamic_qparams(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for exactly this tensor."""
+def dynamic_qparams(x: Tensor, spec: TensorSpec, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for exactly this tensor; pruned values (``mask`` False) do not count for a mean."""
     if spec.fmt.grid == "sign" or spec.fmt.name == "ternary":
-        return affine.round_scale(affine.mean_magnitude(x, spec), spec), None
+        mean = affine.mean_magnitude(x, spec)
+        if mask is not None:
+            mean = mean / affine.mean_magnitude(mask.float(), spec).clamp(min=affine.TINY)
+        return affine.round_scale(mean, spec), None
     return affine.choose_qparams(*affine.reduce_range(x, spec), spec)
 
 

@@ -4,10 +4,12 @@ from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
 from qat.training.module import QuantizedTraining, WarmupCosine
+from qat.training.pruning import PruningSchedule
 
 __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
+    "PruningSchedule",
     "QuantizationSchedule",
     "QuantizedTraining",
     "ResumableLoader",

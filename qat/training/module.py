@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
+from qat.compression.channels import take_shapes
+from qat.compression.pruning import Pruning, attach
 from qat.errors import ConfigError
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
@@ -59,6 +61,10 @@ class QuantizedTraining(L.LightningModule):
         scheduler: config of a scheduler without ``optimizer``, stepped after each step; the value ``"total_steps"``
             stands for the number of optimizer steps of the run.
         metrics: configs of torchmetrics by name, each updated with (output, target).
+        prune: ``qat.Pruning(...).to_dict()``: the quantized network gets masks (and scores) from the start, which
+            :class:`~qat.training.PruningSchedule` then moves; or None.
+        pruned_shapes: what :func:`~qat.compression.channels.pruned_shapes` said of a network without all its channels,
+            when ``network`` is the config of the whole one.
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
@@ -75,6 +81,8 @@ class QuantizedTraining(L.LightningModule):
         optimizer: Mapping[str, Any] = ADAMW,
         scheduler: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        prune: Mapping[str, Any] | None = None,
+        pruned_shapes: Mapping[str, Any] | None = None,
         scale_lr_factor: float = 0.1,
         target_key: str = "labels",
         seed: int = 0,
@@ -83,7 +91,8 @@ class QuantizedTraining(L.LightningModule):
         options: dict[str, Any] = {
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
-            "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed,
+            "prune": prune, "pruned_shapes": pruned_shapes or {}, "scale_lr_factor": scale_lr_factor,
+            "target_key": target_key, "seed": seed,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -103,12 +112,16 @@ class QuantizedTraining(L.LightningModule):
         network = self.network if self.network is not None else build(self.hparams["network"], "network")
         if not isinstance(network, nn.Module):
             raise ConfigError(f"network builds a {type(network).__name__}, not an nn.Module.")
+        network = take_shapes(network, self.hparams["pruned_shapes"])
         if self.hparams["recipe"] is not None:
             import qat
 
             network = qat.prepare(
                 network, qat.Recipe.from_dict(self.hparams["recipe"]), zeros(self.hparams["example_inputs"])
             )
+            pruning = Pruning.from_dict(self.hparams["prune"])
+            if pruning.masks:
+                attach(network, pruning)
         self.network = network
         self._configured = True
 
@@ -203,19 +216,21 @@ def zeros(described: Any) -> Any:
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters in up to three groups, named by ``role``.
+    """The trainable parameters in up to four groups, named by ``role``.
 
     "weights" have the optimizer's weight decay; "offsets" (biases and the parameters of norms: everything with less
-    than two dimensions) and "scales" (learned quantizer scales) have none.
+    than two dimensions), "scales" (learned quantizer scales) and "scores" (of movement pruning) have none.
     """
     of_quantizers = {
         id(p) for m in network.modules() if getattr(m, "is_quantizer", False) for p in m.parameters()
     }  # fmt: skip
-    roles: dict[str, list[nn.Parameter]] = {"weights": [], "offsets": [], "scales": []}
+    roles: dict[str, list[nn.Parameter]] = {"weights": [], "offsets": [], "scales": [], "scores": []}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in of_quantizers or ".log_scale" in f".{name}":
+        if name.endswith("weight_quantizer.scores"):
+            roles["scores"].append(parameter)
+        elif id(parameter) in of_quantizers or ".log_scale" in f".{name}":
             roles["scales"].append(parameter)
         else:
             roles["weights" if parameter.ndim > 1 else "offsets"].append(parameter)
