@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from qat.errors import PrepareError, RecipeError
 from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, quantized_type
 from qat.modules.composite import Composite
-from qat.modules.functional import MOVERS, QuantizedFunction
+from qat.modules.functional import MOVERS, QuantizedFunction, QuantizedMatMul
 from qat.modules.normalization import clamp_of
 from qat.numerics.formats import TensorSpec
 from qat.recipe import Recipe, Rule
 from qat.tracing import Call, Key, Trace
 
+FUNCTIONS = ("Add", "Concat", "MatMul")
+"""Kinds whose operands are quantized one by one, whether they come as codes or not."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-OPAQUE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention reads the raw weights of its children",
-    nn.TransformerEncoderLayer: "nn.TransformerEncoderLayer reads the raw weights of its children in eval",
-}
-"""Modules that bypass their children's forward: a swapped child would be silently inactive."""
+OPAQUE = "a floating point nn.MultiheadAttention reads the raw weights of its children"
+"""Why what is inside of a module that bypasses its children's forward stays float: a swap would be inactive."""
+WHOLES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Layers whose type a rule may name for all that is inside of them."""
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Plan:
         batch_norms: names of all batch norms.
         kept: module or parameter name -> why it stays float.
         backward_dtype: see :class:`~qat.recipe.Recipe`.
+        traced: module name -> its new children, with their kinds, for functions that its forward called.
     """
 
     layers: dict[str, LayerPlan] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class Plan:
     batch_norms: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     backward_dtype: str = "auto"
+    traced: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def structured(self) -> bool:
@@ -59,7 +62,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
                 "absorbed": list(self.absorbed), "movers": list(self.movers), "batch_norms": list(self.batch_norms),
-                "kept": dict(self.kept), "backward_dtype": self.backward_dtype}
+                "kept": dict(self.kept), "backward_dtype": self.backward_dtype,
+                "traced": {n: dict(made) for n, made in self.traced.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -123,7 +127,7 @@ class Planner:
     def apply_rules(self) -> None:
         used: set[Rule] = set()
         refused: dict[Rule, str] = {}
-        opaque = {n: reason for n, m in self.modules.items() for kind, reason in OPAQUE.items() if isinstance(m, kind)}
+        opaque: set[str] = set()        # float attention, as far as it is known: parents come before their children
         held: set[str] = set()
         for name, module in self.modules.items():
             if name in held:            # its weight is a part of the composite around it
@@ -133,27 +137,29 @@ class Planner:
             quantized = quantized_type(module)
             parts: dict[str, Rule | None] = {}
             if quantized is not None and issubclass(quantized, Composite):
-                parts = {part: self.rule(name, part) for part in quantized.sources(module)}
+                parts = {part: self.rule(name, part) for part in (*quantized.sources(module), *quantized.products)}
                 if rule is None or rule.keep is not None:
                     rule = next((r for r in parts.values() if r is not None and r.keep is None), rule)
-            inside = next((o for o in opaque if name == o or name.startswith(f"{o}." if o else "")), None)
+            inside = any(name.startswith(f"{o}." if o else "") for o in opaque)
+            if isinstance(module, nn.MultiheadAttention):
+                opaque.add(name)
             if rule is None:
                 if leaf or quantized:
                     self.result.kept[name] = "no rule matches"
                 continue
             if rule.keep is not None:
-                if not leaf and inside is not None:
-                    self.result.kept[name] = f"{rule} keeps it; float32, since {opaque[inside]}"
+                if isinstance(module, nn.MultiheadAttention):
+                    self.result.kept[name] = f"{rule} keeps it; float32, since {OPAQUE}"
                 if leaf:
                     used.add(rule)
                     self.result.kept[name] = f"{rule} keeps it {rule.keep}"
                     if rule.keep != "float32":
-                        if inside is not None or isinstance(module, BATCH_NORMS):
-                            self.result.kept[name] += f"; float32, since {opaque.get(inside or '', 'batch norm')}"
+                        if inside or isinstance(module, BATCH_NORMS):
+                            self.result.kept[name] += f"; float32, since {OPAQUE if inside else 'batch norm'}"
                         else:
                             self.result.narrow[name] = rule.keep
                 continue
-            reason = self.obstacle(module, quantized, rule, opaque[inside] if inside is not None else None)
+            reason = OPAQUE if inside else self.obstacle(module, quantized, rule)
             if reason is not None:
                 refused.setdefault(rule, f"{name}: {reason}")
                 if leaf or any(p is not None for p in module._parameters.values()):
@@ -170,6 +176,7 @@ class Planner:
                 continue
             if issubclass(quantized, Composite):
                 used.update(r for r in parts.values() if r is not None)
+                opaque.discard(name)
                 held |= {_join(name, s.weight.rpartition(".")[0]) for s in quantized.sources(module).values()} - {name}
             used.add(rule)
             self.rules[name] = rule
@@ -180,6 +187,9 @@ class Planner:
                 continue                # an optional rule in front, as presets have, was faster
             if rule not in used and not rule.optional:
                 because = f" ({refused[rule]})" if rule in refused else ""
+                if rule.type in FUNCTIONS and not because:
+                    because = (f" (no qat.{rule.type} of that name, and no such function in a forward that can be "
+                               f"traced: write a qat.{rule.type} into the model)")
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
 
@@ -191,20 +201,21 @@ class Planner:
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """The class names that a rule's ``type`` may name for a module."""
-        return tuple(c.__name__ for c in type(self.modules[name]).__mro__ if c not in (object, nn.Module))
+        steps = name.split(".")
+        around = [self.modules.get(".".join(steps[:i])) for i in range(len(steps))]
+        own: list[Any] = [self.modules[name], *(m for m in around if isinstance(m, WHOLES))]
+        return tuple(c.__name__ for m in own for c in type(m).__mro__ if c not in (object, nn.Module))
 
-    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule,
-                 opaque: str | None) -> str | None:
+    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
         """Why this module cannot be quantized, or None."""
-        if opaque is not None:
-            return opaque
         if quantized is None:
             base = next((b.__name__ for b in type(module).__mro__ if b in REGISTRY), None)
             if base is not None:
                 return f"{type(module).__name__} overrides the forward of {base}"
             return f"no quantized form of {type(module).__name__}"
-        if issubclass(quantized, QuantizedFunction) and not (rule.explicit or rule.type):
-            return "functions are quantized by rules that name them"
+        if issubclass(quantized, QuantizedFunction) and not (
+                rule.explicit or rule.type or issubclass(quantized, QuantizedMatMul)):
+            return "adds and concatenations are quantized by rules that name them"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "max_norm rewrites the weight at every look-up"
         return None
@@ -225,12 +236,15 @@ class Planner:
         plan = LayerPlan(quantized.replaces.__name__, output=None if rule.output is None
                          else rule.output.for_activation())
         for part, own in parts.items():
-            plan.parts[part] = LayerPlan("Part")
+            plan.parts[part] = LayerPlan("MatMul" if part in quantized.products else "Part")
             if own is None or own.keep is not None:
                 plan.parts[part].reason = "no rule matches" if own is None else f"{own} keeps it float32"
                 continue
-            plan.parts[part].weight = None if own.weight is None else own.weight.for_weight()
+            if part not in quantized.products:
+                plan.parts[part].weight = None if own.weight is None else own.weight.for_weight()
             plan.parts[part].input = None if own.input is None else own.input.for_activation()
+            if part in quantized.products and own.input is None:
+                plan.parts[part].reason = f"{own} leaves activations in floating point"
             self.rules[_join(name, part)] = own
         return plan
 
@@ -251,7 +265,7 @@ class Planner:
 
     def edges(self, products: Mapping[str, Product]) -> set[str]:
         """The first and the last matmul-like layer: in the order they run (where known) or are defined."""
-        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", "Add", "Concat")]
+        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", *FUNCTIONS)]
         if self.trace is not None:
             order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
             names = sorted((n for n in names if n in order), key=lambda n: order[n]) or names
@@ -443,7 +457,7 @@ class Planner:
             for name, clamp in list(candidates.items()):
                 fine = bool(takers.get(name)) and all(
                     t in layers and (spec := layers[t].input) is not None and not layers[t].chained and self.quiet(t)
-                    and layers[t].kind not in ("Add", "Concat") and spec.fmt.has_zero and spec.format != "ternary"
+                    and layers[t].kind not in FUNCTIONS and spec.fmt.has_zero and spec.format != "ternary"
                     and getattr(self.modules[t], "padding_mode", "zeros") == "zeros"
                     and all(candidates.get(source(c) or "") == clamp for c in self.calls(t))
                     for t in takers[name])
@@ -525,7 +539,7 @@ class Planner:
         while changed:
             changed = False
             for name, plan in layers.items():
-                if plan.kind in ("Add", "Concat"):
+                if plan.kind in FUNCTIONS:
                     continue
                 senders = [self.sender(c.inputs[0]) for c in self.calls(name) if c.inputs]
                 coded = [s for s in senders if s is not None and layers[s].emits_codes]

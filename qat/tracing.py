@@ -179,7 +179,8 @@ def tracing(model: nn.Module, trace: Trace) -> Iterator[Trace]:
             if leaf and not recorder.silent:
                 first = next((t for t in pytree.tree_leaves(result) if isinstance(t, Tensor | QuantizedTensor)), None)
                 trace.calls.append(Call(name, None, name, inputs, recorder.keys(result),
-                                        0 if first is None else len(first.shape), _module_macs(module, args, first)))
+                                        0 if first is None else len(first.shape),
+                                        _module_macs(module, args, kwargs, first)))
         return hook
 
     pending: list[list[Key]] = []
@@ -269,10 +270,12 @@ def _is_quantized(module: nn.Module) -> bool:
     return hasattr(module, "plan") or hasattr(module, "narrow") or hasattr(module, "statistics_frozen")
 
 
-def _module_macs(module: nn.Module, args: Any, first: Any) -> int:
-    """Multiply-accumulates of a linear or convolution module; 0 for anything else."""
+def _module_macs(module: nn.Module, args: Any, kwargs: Any, first: Any) -> int:
+    """Multiply-accumulates of a matmul-like module; 0 for anything else."""
     if first is None:
         return 0
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_macs(module, **dict(zip(("query", "key", "value"), args)), **kwargs)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):     # each weight once for each token
         directions = 2 if getattr(module, "bidirectional", False) else 1
         width = (getattr(module, "proj_size", 0) or module.hidden_size) * directions
@@ -288,6 +291,14 @@ def _module_macs(module: nn.Module, args: Any, first: Any) -> int:
     if isinstance(module, nn.modules.conv._ConvNd):
         return math.prod(first.shape) * (module.in_channels // module.groups) * math.prod(module.kernel_size)
     return 0
+
+
+def _attention_macs(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> int:
+    """Four projections, and two products for each pair of a query and a key."""
+    width = module.embed_dim
+    queries, keys = query.numel() // width, key.numel() // module.kdim
+    pairs = queries * key.shape[1 if module.batch_first and key.dim() == 3 else 0]
+    return width * (queries * 2 * width + keys * (module.kdim + module.vdim) + 2 * pairs)
 
 
 def _function_macs(name: str, args: Any, first: Tensor | None) -> int:

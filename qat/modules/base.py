@@ -21,7 +21,7 @@ from qat.kernels.contract import Weight
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.quantizer import DynamicQuantizer, FrozenQuantizer, Quantizer, make_quantizer
+from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, StaticQuantizer, make_quantizer
 
 
 @dataclass
@@ -149,6 +149,8 @@ class QuantizedModule(nn.Module):
 
     replaces: ClassVar[type[nn.Module]]
     takes_input_spec: ClassVar[bool] = True
+    roles: ClassVar[tuple[str, ...]] = ("input", "output")
+    """Which activations have quantizers: ``<role>_quantizer``."""
 
     name: str
     plan: LayerPlan
@@ -192,13 +194,8 @@ class QuantizedModule(nn.Module):
         if weight_quantizer is None and plan.weight is not None:
             weight_quantizer = make_quantizer(plan.weight, self.weight_matrix().shape)
         self.weight_quantizer = weight_quantizer
-        self.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
-        self.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
-        if self.input_quantizer is not None and plan.absorbs:
-            self.input_quantizer.absorb(*plan.absorbs)
-        if self.output_quantizer is not None and plan.output_absorbs:
-            self.output_quantizer.absorb(*plan.output_absorbs)
-        for role in ("weight", "input", "output"):
+        self.make_activation_quantizers()
+        for role in ("weight", *self.roles):
             quantizer = getattr(self, f"{role}_quantizer")
             if quantizer is not None:
                 quantizer.train(self.training)
@@ -211,6 +208,25 @@ class QuantizedModule(nn.Module):
     def initial_dtype(self) -> torch.dtype:
         """The dtype of the float module."""
         return next((p.dtype for p in self._parameters.values() if p is not None), torch.float32)
+
+    def make_activation_quantizers(self) -> None:
+        """Build the quantizer of each of ``roles`` from the plan."""
+        plan = self.plan
+        self.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
+        self.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
+        if self.input_quantizer is not None and plan.absorbs:
+            self.input_quantizer.absorb(*plan.absorbs)
+        if self.output_quantizer is not None and plan.output_absorbs:
+            self.output_quantizer.absorb(*plan.output_absorbs)
+
+    def activation_quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers of activations that there are, by the name of their attribute."""
+        found = {f"{role}_quantizer": getattr(self, f"{role}_quantizer") for role in self.roles}
+        return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+    def quantizer_of(self, operand: int) -> Quantizer | None:
+        """The quantizer of the operand at this position of the call."""
+        return self.input_quantizer
 
     def device(self) -> torch.device | None:
         """Where this module's weight lives; None if it has none."""
@@ -315,10 +331,8 @@ class QuantizedModule(nn.Module):
                 assert bias is not None
                 self._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
                 self._batch_norm = []
-        for role in ("input_quantizer", "output_quantizer"):
-            quantizer = getattr(self, role)
-            if quantizer is not None:
-                setattr(self, role, quantizer.freeze())
+        for role, quantizer in self.activation_quantizers().items():
+            setattr(self, role, quantizer.freeze())
 
     def drop_float_weight(self) -> None:
         """Forget the float weight, and whatever computed it."""
@@ -342,10 +356,9 @@ class QuantizedModule(nn.Module):
             if self.plan.batch_norm:
                 self._parameters["bias"] = nn.Parameter(torch.zeros(shape[0], device=device), requires_grad=False)
                 self._batch_norm = []
-        for role in ("input_quantizer", "output_quantizer"):
-            quantizer = getattr(self, role)
-            if quantizer is not None and not isinstance(quantizer, DynamicQuantizer):
-                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones(()), 0))
+        for role, quantizer in self.activation_quantizers().items():
+            if isinstance(quantizer, StaticQuantizer):
+                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones_like(quantizer.scale), 0))
 
     def __getattr__(self, name: str) -> Any:
         """A frozen module still answers to ``weight``: dequantized anew at each access, never stored."""
@@ -385,15 +398,19 @@ class QuantizedModule(nn.Module):
 
     def float_input(self, x: Tensor | QuantizedTensor) -> Tensor:
         """The input in floating point, with an absorbed activation function applied; observed while calibrating."""
+        return self.float_operand(x, self.input_quantizer)
+
+    def float_operand(self, x: Tensor | QuantizedTensor, quantizer: Quantizer | None) -> Tensor:
+        """An operand in floating point, as its quantizer lets it through; observed while calibrating."""
         if isinstance(x, QuantizedTensor):
             return x.dequantize()
-        if self.input_quantizer is None:
+        if quantizer is None:
             return x
         if self.calibrating:
-            if self.input_quantizer.observing:
-                self.input_quantizer.observe(x)
-            return self.input_quantizer.clamp(x)
-        return self.input_quantizer(x)
+            if quantizer.observing:
+                quantizer.observe(x)
+            return quantizer.clamp(x)
+        return quantizer(x)
 
     def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor:
         """The integer product, in the dtype the float layer would return."""
@@ -406,10 +423,10 @@ class QuantizedModule(nn.Module):
         device = x.codes.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def backward_type(self, x: QuantizedTensor) -> torch.dtype:
+    def backward_type(self, x: Tensor | QuantizedTensor) -> torch.dtype:
         if self.backward_dtype != "auto":
             return getattr(torch, self.backward_dtype)
-        low = torch.is_autocast_enabled(x.codes.device.type) or x.dtype in (torch.bfloat16, torch.float16)
+        low = torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.bfloat16, torch.float16)
         return torch.bfloat16 if low else torch.float32
 
     def finish(self, y: Tensor) -> Tensor | QuantizedTensor:

@@ -32,11 +32,13 @@ class Source:
         weight: the parameter (``weight_ih_l0``, ``out_proj.weight``).
         bias: the bias, or None.
         rows: the rows of both that belong to the part, from and to; None: all.
+        bias_rows: the same for the bias, where they are others (separate matrices, one stacked bias).
     """
 
     weight: str
     bias: str | None = None
     rows: tuple[int, int] | None = None
+    bias_rows: tuple[int, int] | None = None
 
     def holder(self, owner: nn.Module) -> nn.Module:
         """The module that holds the weight: the composite, or a child of it."""
@@ -52,7 +54,12 @@ class Source:
         value: Any = owner
         for step in path.split("."):
             value = getattr(value, step)
-        return value if self.rows is None or value is None else value[self.rows[0] : self.rows[1]]
+        rows = self.rows_of(path)
+        return value if rows is None or value is None else value[rows[0] : rows[1]]
+
+    def rows_of(self, path: str) -> tuple[int, int] | None:
+        """Which rows of the attribute ``path`` belong to the part; None: all."""
+        return self.bias_rows if path == self.bias and self.bias_rows is not None else self.rows
 
 
 @dataclass
@@ -152,6 +159,8 @@ class Composite(QuantizedModule):
     """A module whose products are parts. It has no weight and no input quantizer itself; it may have an output's."""
 
     is_composite: ClassVar[bool] = True
+    products: ClassVar[dict[str, Any]] = {}
+    """Products of two activations: name -> class of the child, built from (composite, dotted name, plan)."""
 
     @classmethod
     def sources(cls, module: nn.Module) -> dict[str, Source]:
@@ -169,7 +178,14 @@ class Composite(QuantizedModule):
         adopted = super().swap(module, name, plan)
         for part, source in cls.sources(module).items():
             adopted.add_module(part, Part(adopted, f"{name}.{part}" if name else part, plan.parts[part], source))
+        for product, kind in cls.products.items():
+            adopted.add_module(product, kind(adopted, f"{name}.{product}" if name else product, plan.parts[product]))
         return adopted
+
+    @property
+    def between_activations(self) -> dict[str, QuantizedModule]:
+        """The products of two activations, by name."""
+        return {n: self._modules[n] for n in self.products}  # type: ignore[misc]
 
     @property
     def parts(self) -> dict[str, Part]:

@@ -65,7 +65,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if fits and FewCalls.serves(row, spec, zero_point, kernel):
             codes = QuantizedTensor(row, torch.ones(()), zero_point, spec)
             self._one_row = FewCalls(spec, kernel, ste.Product(codes, weight).multiplier_w(), self.bias, scale,
-                                     zero_point or 0)
+                                     int(zero_point or 0))     # a layer has one
 
 
 @register
