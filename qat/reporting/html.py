@@ -79,7 +79,9 @@ def report(
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1>"
         f"<p class='soft'>{results.examples} test examples. "
-        f"Latency is the median of one batch of {results.batch_size}.</p>"
+        f"Latency is the median of one batch of {results.batch_size}."
+        + ("" if results.higher_is_better else f" {html.escape(results.title().capitalize())}: lower is better.")
+        + "</p>"
         f"<h2>Results</h2>{_table(headers, rows, 'results')}"
         f"<p class='verdict {verdict}'>{html.escape(results.parity())}</p>"
         + (f"<h2>Training</h2><div class='curves'>{figures}</div>" if figures else "")
