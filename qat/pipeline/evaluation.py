@@ -114,7 +114,7 @@ def measure(
         examples=examples,
         batch_size=batch_size(first),
         higher_is_better=metric.higher_is_better is not False,
-        proportion=metric.plot_upper_bound == 1.0,
+        proportion=(metric.plot_lower_bound, metric.plot_upper_bound) == (0.0, 1.0),
     )
 
 
