@@ -14,12 +14,14 @@ from torch import nn
 
 from qat.errors import PrepareError, RecipeError
 from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, quantized_type
-from qat.modules.functional import MOVERS, QuantizedFunction
+from qat.modules.functional import MOVERS, QuantizedFunction, QuantizedMatMul
 from qat.modules.normalization import clamp_of
 from qat.numerics.formats import TensorSpec
 from qat.recipe import Recipe, Rule
 from qat.tracing import Call, Key, Trace
 
+FUNCTIONS = ("Add", "Concat", "MatMul")
+"""Kinds whose operands are quantized one by one, whether they come as codes or not."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 OPAQUE: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "nn.MultiheadAttention reads the raw weights of its children",
@@ -157,8 +159,9 @@ class Planner:
             if base is not None:
                 return f"{type(module).__name__} overrides the forward of {base}"
             return f"no quantized form of {type(module).__name__}"
-        if issubclass(quantized, QuantizedFunction) and not (rule.explicit or rule.type):
-            return "functions are quantized by rules that name them"
+        if issubclass(quantized, QuantizedFunction) and not (
+                rule.explicit or rule.type or issubclass(quantized, QuantizedMatMul)):
+            return "adds and concatenations are quantized by rules that name them"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "max_norm rewrites the weight at every look-up"
         return None
@@ -175,7 +178,7 @@ class Planner:
 
     def products(self) -> list[str]:
         """Names of the matmul-like layers, in the order they run (where known) or are defined."""
-        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", "Add", "Concat")]
+        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", *FUNCTIONS)]
         if self.trace is None:
             return names
         order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
@@ -335,7 +338,7 @@ class Planner:
             for name, clamp in list(candidates.items()):
                 fine = bool(takers.get(name)) and all(
                     t in layers and (spec := layers[t].input) is not None and not layers[t].chained and self.quiet(t)
-                    and layers[t].kind not in ("Add", "Concat") and spec.fmt.has_zero and spec.format != "ternary"
+                    and layers[t].kind not in FUNCTIONS and spec.fmt.has_zero and spec.format != "ternary"
                     and getattr(self.modules[t], "padding_mode", "zeros") == "zeros"
                     and all(candidates.get(source(c) or "") == clamp for c in self.calls(t))
                     for t in takers[name])
@@ -417,7 +420,7 @@ class Planner:
         while changed:
             changed = False
             for name, plan in layers.items():
-                if plan.kind in ("Add", "Concat"):
+                if plan.kind in FUNCTIONS:
                     continue
                 senders = [self.sender(c.inputs[0]) for c in self.calls(name) if c.inputs]
                 coded = [s for s in senders if s is not None and layers[s].emits_codes]

@@ -176,7 +176,7 @@ def _check_active(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue
-        for role in ("weight_quantizer", "input_quantizer", "output_quantizer"):
+        for role in ("weight_quantizer", *(f"{r}_quantizer" for r in module.roles)):
             if getattr(module, role) is not module._modules.get(role):
                 raise PrepareError(f"{name}: an attribute of {type(module).__name__} called {role} hides its "
                                    "quantizer; rename it")

@@ -18,9 +18,8 @@ from qat.tracing import Trace, evaluating, run, tracing
 
 
 def activation_quantizers(model: nn.Module) -> list[Quantizer]:
-    """The input and output quantizers of all quantized modules."""
-    found = [q for m in quantized_modules(model).values() for q in (m.input_quantizer, m.output_quantizer)]
-    return [q for q in found if q is not None]
+    """The quantizers of the activations of all quantized modules."""
+    return [q for m in quantized_modules(model).values() for q in m.activation_quantizers().values()]
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False) -> nn.Module:

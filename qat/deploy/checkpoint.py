@@ -13,7 +13,6 @@ import copy
 import ctypes
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -258,14 +257,13 @@ def _check_codes(name: str, module: QuantizedModule) -> None:
             packing.unpack(module.weight_codes, spec.fmt, module.weight_shape)
         except CheckpointError as error:
             raise CheckpointError(f"{name}.weight_codes: {error}") from None
-    for role in ("input_quantizer", "output_quantizer"):
-        quantizer = getattr(module, role)
+    for role, quantizer in module.activation_quantizers().items():
         if isinstance(quantizer, FrozenQuantizer):
             scale, zero_point, fmt = quantizer.scale, quantizer.zero_point, quantizer.spec.fmt
-            if scale.numel() != 1 or not math.isfinite(float(scale)) or float(scale) <= 0:
-                raise CheckpointError(f"{name}.{role}.scale must be one positive number")
-            if zero_point is not None and not fmt.lo <= int(zero_point) <= fmt.hi:
-                raise CheckpointError(f"{name}.{role}.zero_point {int(zero_point)} is outside of {fmt.lo}..{fmt.hi}")
+            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise CheckpointError(f"{name}.{role}.scale must be positive")
+            if zero_point is not None and bool(((zero_point < fmt.lo) | (zero_point > fmt.hi)).any()):
+                raise CheckpointError(f"{name}.{role}.zero_point is outside of {fmt.lo}..{fmt.hi}")
 
 
 def _put_in_place(temporary: str, target: Path) -> None:

@@ -70,8 +70,8 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
         raise ConvertError("this model is deployed already")
-    missing = [q.name for m in modules.values() for q in (m.input_quantizer, m.output_quantizer)
-               if q is not None and not q.calibrated and not _ready(q)]
+    missing = [q.name for m in modules.values() for q in m.activation_quantizers().values()
+               if not q.calibrated and not _ready(q)]
     if missing:
         raise NotCalibratedError(f"no range yet for {', '.join(missing)}: run qat.calibrate(model, batches); a layer "
                                  "that the data never reaches needs a rule with keep: float32")
@@ -152,11 +152,12 @@ class _Tap:
 
     def hook(self, name: str):
         def tap(module: QuantizedModule, args: tuple[Any, ...]) -> None:
-            for x in args:
+            for position, x in enumerate(args):
+                quantizer = module.quantizer_of(position)
                 if isinstance(x, QuantizedTensor):
                     self.codes.setdefault(name, []).append(x.codes)
-                elif isinstance(x, Tensor) and x.is_floating_point() and module.input_quantizer is not None:
-                    self.codes.setdefault(name, []).append(module.input_quantizer.codes(x))
+                elif isinstance(x, Tensor) and x.is_floating_point() and quantizer is not None:
+                    self.codes.setdefault(name, []).append(quantizer.codes(x))
         return tap
 
     def take(self) -> dict[str, list[Tensor]]:

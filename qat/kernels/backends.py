@@ -13,12 +13,13 @@ A backend says what it supports; :mod:`qat.kernels.table` decides which one runs
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.kernels.contract import Activation, Geometry, Weight, check_int32
+from qat.kernels.contract import Activation, Geometry, Weight, check_int32, matmul_bound
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
 
@@ -36,8 +37,15 @@ class Backend:
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
         return True
 
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        return True
+
     def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
         """(rows, out), exact integers in whatever dtype holds them."""
+        raise NotImplementedError
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        """(..., m, n) of (..., m, k) and (..., k, n), exact integers in whatever dtype holds them; a new tensor."""
         raise NotImplementedError
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
@@ -55,6 +63,13 @@ class Backend:
         return rescale(self.convolution_accumulators(x, w, geometry),
                        multiplier.reshape(shape) if multiplier.dim() else multiplier,
                        None if bias is None else bias.reshape(shape))
+
+    def matmul(self, a: Activation, b: Activation, multiplier: Tensor) -> Tensor:
+        """``float32(acc) * multiplier``: (..., m, n) float32. ``multiplier`` broadcasts against that shape."""
+        acc = self.matmul_accumulators(a, b)
+        if multiplier.dim() < acc.dim():
+            return rescale(acc, multiplier, None)
+        return acc.float().mul_(multiplier)
 
 
 def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Tensor | None = None) -> Tensor:
@@ -82,6 +97,9 @@ class Reference(Backend):
 
     def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
         return x.levels(torch.int64) @ w.levels.to(torch.int64).t()
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        return a.levels(torch.int64) @ b.levels(torch.int64)
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         windows = unfold(x.levels(torch.int64), w.levels.shape, geometry)
@@ -137,6 +155,9 @@ class OneDNN(Backend):
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
         within = all(p <= d * (k - 1) for p, d, k in zip(geometry.padding, geometry.dilation, w.levels.shape[2:]))
         return self._fits(x, w) and within and self._tried((x.values.shape, w.levels.shape, geometry), x, w, geometry)
+
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        return False  # packing pays for operands that last
 
     def _tried(self, shape: tuple[object, ...], x: Activation, w: Weight, geometry: Geometry | None) -> bool:
         key = (*shape, x.values.dtype, int(x.zero_point or 0), torch.get_num_threads())
@@ -264,12 +285,56 @@ class IntMM(Backend):
             return torch.zeros(rows, out, dtype=torch.int32, device=values.device)
         if values.device.type != "cuda":
             return torch._int_mm(values, flat.t())
-        more_rows, more_in, more_out = max(0, 17 - rows), -inputs % 8, -out % 8
+        more_rows, more_in, more_out = _cuda_padding(rows, inputs, out)
         if more_rows or more_in:
             values = F.pad(values, (0, more_in, 0, more_rows))
         if more_out or more_in:
             flat = w.cached("padded", lambda: F.pad(flat, (0, more_in, 0, more_out)))
         return torch._int_mm(values, flat.t())[:rows, :out]
+
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        inputs = a.values.shape[-1]
+        return self.available(a.values.device) and inputs > 1 and inputs * 255 * 255 < INT32_LIMIT
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        """One product of matrices at a time: there is no batched one. Zero points are corrected for afterwards.
+
+        sum (a - za) (b - zb) = sum a b  -  zb * sum a  -  za * (sum b - inputs * zb)
+        """
+        cuda = a.values.device.type == "cuda"
+        left, za = _as_int8(a) if cuda else (a.values, a.zero_point)
+        right, zb = _as_int8(b)
+        acc = self._batched(left, right)
+        if _present(zb):
+            acc -= zb * left.sum(-1, keepdim=True, dtype=torch.int32)
+        if _present(za):
+            taken_off = right.sum(-2, keepdim=True, dtype=torch.int32)
+            acc -= za * (taken_off - zb * right.shape[-2] if _present(zb) else taken_off)
+        return acc
+
+    @staticmethod
+    def _batched(left: Tensor, right: Tensor) -> Tensor:
+        """int32 (..., m, n) of integers (..., m, k) and int8 (..., k, n)."""
+        (m, k), n = left.shape[-2:], right.shape[-1]
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        shape = (*batch, m, n)
+        if right.dim() == 2:                # one matrix for all: their rows are rows of one product
+            m, batch = batch.numel() * m, torch.Size()
+        count = batch.numel()
+        left = left.reshape(m, k) if right.dim() == 2 else left.expand(*batch, m, k)
+        left, right = left.reshape(count, m, k), right.expand(*batch, k, n).reshape(count, k, n)
+        acc = torch.zeros(count, m, n, dtype=torch.int32, device=left.device)
+        if left.device.type == "cuda" and acc.numel():
+            more_m, more_k, more_n = _cuda_padding(m, k, n)
+            left = F.pad(left, (0, more_k, 0, more_m))
+            right = F.pad(right.transpose(1, 2), (0, more_k, 0, more_n)).transpose(1, 2)  # columns side by side
+            acc = torch.stack([torch._int_mm(x, y)[:m, :n] for x, y in zip(left, right)])
+        elif acc.numel():
+            left = left.contiguous()
+            right = right if right.transpose(1, 2).is_contiguous() else right.contiguous()
+            for x, y, out in zip(left, right, acc):
+                torch._int_mm(x, y, out=out)
+        return acc.reshape(shape)
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         if any(geometry.padding) and x.zero_point:
@@ -289,6 +354,22 @@ class IntMM(Backend):
             results.append(self.linear_accumulators(Activation(matrix, x.zero_point, x.bound), block))
         acc = torch.cat(results, 1) if groups > 1 else results[0]
         return acc.reshape(batch, *spatial, out).movedim(-1, 1)
+
+
+def _cuda_padding(rows: int, inputs: int, out: int) -> tuple[int, int, int]:
+    """What CUDA's kernel needs more of each: more than 16 rows, multiples of 8 of the rest."""
+    return max(0, 17 - rows), -inputs % 8, -out % 8
+
+
+def _as_int8(x: Activation) -> tuple[Tensor, Tensor | int | None]:
+    """The values as int8, with the zero point that goes with them (uint8 values move down by 128)."""
+    if x.values.dtype == torch.int8:
+        return x.values, x.zero_point
+    return (x.values ^ 128).view(torch.int8), (0 if x.zero_point is None else x.zero_point) - 128
+
+
+def _present(zero_point: Tensor | int | None) -> TypeGuard[Tensor | int]:
+    return isinstance(zero_point, Tensor) or bool(zero_point)
 
 
 class OneRow:
@@ -339,6 +420,11 @@ class FloatCarrier(Backend):
         with torch.autocast(x.values.device.type, enabled=False):
             return x.levels(dtype) @ self._levels(w, dtype).t()
 
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        dtype = _float_dtype(matmul_bound(a, b), a.values.shape[-1])
+        with torch.autocast(a.values.device.type, enabled=False):
+            return a.levels(dtype) @ b.levels(dtype)
+
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         dtype = self._dtype(x, w)
         with torch.autocast(x.values.device.type, enabled=False):
@@ -363,14 +449,18 @@ class FloatCarrier(Backend):
 
     @staticmethod
     def _dtype(x: Activation, w: Weight) -> torch.dtype:
-        bound = w.accumulator_bound(x)
-        if bound >= 2**53:
-            check_int32(bound, f"a layer of {w.inputs} inputs")
-        return torch.float32 if bound < 2**24 else torch.float64
+        return _float_dtype(w.accumulator_bound(x), w.inputs)
 
     @staticmethod
     def _levels(w: Weight, dtype: torch.dtype) -> Tensor:
         return w.levels.to(dtype)
+
+
+def _float_dtype(bound: int, inputs: int) -> torch.dtype:
+    """The floating type that holds sums up to ``bound`` exactly; :class:`OverflowBoundError` if there is none."""
+    if bound >= 2**53:
+        check_int32(bound, f"a layer of {inputs} inputs")
+    return torch.float32 if bound < 2**24 else torch.float64
 
 
 REFERENCE, ONEDNN, INT_MM, FLOAT = Reference(), OneDNN(), IntMM(), FloatCarrier()

@@ -1,4 +1,4 @@
-"""The straight-through estimator in closed form: quantize, linear and convolution with their backwards.
+"""The straight-through estimator in closed form: quantize, linear, convolution and matmul with their backwards.
 
 The gradient travels from layer to layer with respect to *dequantized* values, on the ``carrier`` of a
 :class:`~qat.numerics.tensor.QuantizedTensor`: a float tensor with all strides 0, which owns no memory. So codes can be
@@ -13,12 +13,14 @@ Papers: Bengio et al. 2013 (STE); Esser et al. 2020 (LSQ); Bhalgat et al. 2020 (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qat.errors import UnsupportedError
 from qat.kernels import table
 from qat.kernels.contract import Activation, Geometry, Weight
 from qat.numerics import affine
@@ -360,6 +362,95 @@ def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool)
     return (g_x.to(call.x.dtype) if need_x and g_x is not None else None), g_w
 
 
+# ------------------------------------------------------------------------------------- products of two activations
+
+
+@dataclass
+class Matmul:
+    """One integer product of two activations: operands, and how the result is rescaled.
+
+    Attributes:
+        a: (..., m, k). ``scale``: () or, one for each row, a shape that broadcasts against (..., m, 1).
+        b: (..., k, n), whose leading dimensions broadcast against those of ``a``. ``scale``: () or, one for each
+            column or for each matrix, a shape that broadcasts against (..., 1, n).
+        factor: a constant on the result (attention: ``1 / sqrt(k)``); it goes into the multiplier.
+        backward_dtype: the type in which the matrix products of the backward run.
+    """
+
+    a: QuantizedTensor
+    b: QuantizedTensor
+    factor: float = 1.0
+    backward_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for tensor, dim, what in ((self.a, -1, "left operand varies along its rows"),
+                                  (self.b, -2, "right operand varies along its columns")):
+            if tensor.scale.dim() >= -dim and tensor.scale.shape[dim] != 1:
+                raise UnsupportedError(f"the scale of the {what} ({tuple(tensor.scale.shape)} for codes of shape "
+                                       f"{tuple(tensor.shape)}), so it cannot be taken out of the integer sum")
+
+    def scale(self, tensor: QuantizedTensor) -> Tensor:
+        """What one level of an operand is worth, float32."""
+        return tensor.scale if tensor.spec.fmt.unit == 1.0 else tensor.scale * tensor.spec.fmt.unit
+
+    def forward(self) -> Tensor:
+        """``float32(acc) * multiplier``, and times the scales of the rows where there are any; (..., m, n) float32."""
+        scale_a, scale_b = self.scale(self.a), self.scale(self.b)
+        if self.factor != 1.0:
+            scale_b = scale_b * self.factor
+        a, b = Activation.of(self.a), Activation.of(self.b)
+        if scale_a.dim() == 0:
+            return table.matmul(a, b, scale_a * scale_b)
+        return table.matmul(a, b, scale_b).mul_(scale_a)
+
+
+def matmul(call: Matmul, dtype: torch.dtype) -> Tensor:
+    """Run an integer product of two activations; differentiable in both through their carriers.
+
+        dL/da = factor * (g * scale_b) @ levels_b^T          dL/db = factor * levels_a^T @ (g * scale_a)
+
+    Raises:
+        UnsupportedError: a scale that varies along the dimension that is summed over.
+    """
+    carried = (call.a.carrier, call.b.carrier)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in carried):
+        return _Matmul.apply(*carried, call).to(dtype)
+    return call.forward().to(dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a_carrier, b_carrier, call):
+        nothing = call.a.codes.new_empty(0)
+        a, b = (replace(t, codes=nothing, carrier=None) for t in (call.a, call.b))
+        ctx.a, ctx.b, ctx.factor, ctx.dtype = a, b, call.factor, call.backward_dtype
+        ctx.save_for_backward(call.a.codes, call.b.codes)
+        return call.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        a, b = (replace(t, codes=codes) for t, codes in zip((ctx.a, ctx.b), ctx.saved_tensors))
+        call = Matmul(a, b, ctx.factor, ctx.dtype)
+        g_a = g_b = None
+        if ctx.needs_input_grad[0]:
+            g_a = _other_operand(g, call.scale(b) * ctx.factor, ctx.dtype,
+                                 lambda low: low @ b.levels(ctx.dtype).transpose(-1, -2))
+            g_a = g_a.sum_to_size(a.shape).to(a.dtype)
+        if ctx.needs_input_grad[1]:
+            g_b = _other_operand(g, call.scale(a) * ctx.factor, ctx.dtype,
+                                 lambda low: a.levels(ctx.dtype).transpose(-1, -2) @ low)
+            g_b = g_b.sum_to_size(b.shape).to(b.dtype)
+        return g_a, g_b, None
+
+
+def _other_operand(g: Tensor, scale: Tensor, dtype: torch.dtype, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient of one operand, with the scale of the other: inside the sum only where it varies there; float32."""
+    if scale.dim():
+        return multiply((g * scale).to(dtype)).float()
+    return multiply(g.to(dtype)).float().mul_(scale)
+
+
 # ------------------------------------------------------------------------------------- shape changes of codes
 
 
@@ -377,12 +468,27 @@ class _Rearranged(torch.autograd.Function):
         return ctx.back(g), None, None
 
 
-def rearranged(x: QuantizedTensor, codes: Tensor, back) -> QuantizedTensor:
+def rearranged(x: QuantizedTensor, codes: Tensor, back: Callable[[Tensor], Tensor], scale: Tensor | None = None,
+               zero_point: Tensor | int | None = None) -> QuantizedTensor:
     """``x`` with its codes rearranged into ``codes``; ``back`` maps a gradient of the new shape to the old one.
 
-    For per-tensor scales (a rearrangement of codes leaves them alone).
+    Per-tensor scales are left alone by that; others, and their zero points, have to be given anew, in shapes that
+    broadcast against the codes.
     """
     carrier = None
     if x.carrier is not None and torch.is_grad_enabled():
         carrier = _Rearranged.apply(x.carrier, codes.shape, back)
-    return replace(x, codes=codes, carrier=carrier)
+    if scale is None:
+        return replace(x, codes=codes, carrier=carrier)
+    return replace(x, codes=codes, carrier=carrier, scale=scale, zero_point=zero_point)
+
+
+def transposed(x: QuantizedTensor) -> QuantizedTensor:
+    """``x`` with its last two dimensions exchanged, scales for each row or column included."""
+    def turn(t: Tensor) -> Tensor:
+        return t.transpose(-1, -2)
+
+    if not x.scale.dim():
+        return rearranged(x, turn(x.codes), turn)
+    zero_point = turn(x.zero_point) if isinstance(x.zero_point, Tensor) else x.zero_point
+    return rearranged(x, turn(x.codes), turn, turn(x.scale), zero_point)

@@ -2,7 +2,7 @@
 
 from qat.modules import convolution, functional, linear, normalization, precision
 from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, register
-from qat.modules.functional import Add, Concat
+from qat.modules.functional import Add, Concat, MatMul
 
-__all__ = ["REGISTRY", "Add", "Concat", "LayerPlan", "QuantizedModule", "convolution", "functional", "linear",
+__all__ = ["REGISTRY", "Add", "Concat", "LayerPlan", "MatMul", "QuantizedModule", "convolution", "functional", "linear",
            "normalization", "precision", "register"]

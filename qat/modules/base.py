@@ -21,7 +21,7 @@ from qat.kernels.contract import Weight
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.quantizer import DynamicQuantizer, FrozenQuantizer, Quantizer, make_quantizer
+from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, StaticQuantizer, make_quantizer
 
 
 @dataclass
@@ -112,6 +112,8 @@ class QuantizedModule(nn.Module):
 
     replaces: ClassVar[type[nn.Module]]
     takes_input_spec: ClassVar[bool] = True
+    roles: ClassVar[tuple[str, ...]] = ("input", "output")
+    """Which activations have quantizers: ``<role>_quantizer``."""
 
     name: str
     plan: LayerPlan
@@ -150,13 +152,8 @@ class QuantizedModule(nn.Module):
         if weight_quantizer is None and plan.weight is not None:
             weight_quantizer = make_quantizer(plan.weight, adopted.weight_matrix().shape)
         adopted.weight_quantizer = weight_quantizer
-        adopted.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
-        adopted.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
-        if adopted.input_quantizer is not None and plan.absorbs:
-            adopted.input_quantizer.absorb(*plan.absorbs)
-        if adopted.output_quantizer is not None and plan.output_absorbs:
-            adopted.output_quantizer.absorb(*plan.output_absorbs)
-        for role in ("weight", "input", "output"):
+        adopted.make_activation_quantizers()
+        for role in ("weight", *cls.roles):
             quantizer = getattr(adopted, f"{role}_quantizer")
             if quantizer is not None:
                 quantizer.train(adopted.training)
@@ -166,6 +163,25 @@ class QuantizedModule(nn.Module):
                 if device is not None:
                     quantizer.to(device)
         return adopted
+
+    def make_activation_quantizers(self) -> None:
+        """Build the quantizer of each of ``roles`` from the plan."""
+        plan = self.plan
+        self.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
+        self.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
+        if self.input_quantizer is not None and plan.absorbs:
+            self.input_quantizer.absorb(*plan.absorbs)
+        if self.output_quantizer is not None and plan.output_absorbs:
+            self.output_quantizer.absorb(*plan.output_absorbs)
+
+    def activation_quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers of activations that there are, by the name of their attribute."""
+        found = {f"{role}_quantizer": getattr(self, f"{role}_quantizer") for role in self.roles}
+        return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+    def quantizer_of(self, operand: int) -> Quantizer | None:
+        """The quantizer of the operand at this position of the call."""
+        return self.input_quantizer
 
     def device(self) -> torch.device | None:
         """Where this module's weight lives; None if it has none."""
@@ -263,10 +279,8 @@ class QuantizedModule(nn.Module):
                 assert bias is not None
                 self._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
                 self._batch_norm = []
-        for role in ("input_quantizer", "output_quantizer"):
-            quantizer = getattr(self, role)
-            if quantizer is not None:
-                setattr(self, role, quantizer.freeze())
+        for role, quantizer in self.activation_quantizers().items():
+            setattr(self, role, quantizer.freeze())
 
     def drop_float_weight(self) -> None:
         """Forget the float weight, and whatever computed it (weight norm, spectral norm)."""
@@ -301,10 +315,9 @@ class QuantizedModule(nn.Module):
             if self.plan.batch_norm:
                 self._parameters["bias"] = nn.Parameter(torch.zeros(shape[0], device=device), requires_grad=False)
                 self._batch_norm = []
-        for role in ("input_quantizer", "output_quantizer"):
-            quantizer = getattr(self, role)
-            if quantizer is not None and not isinstance(quantizer, DynamicQuantizer):
-                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones(()), 0))
+        for role, quantizer in self.activation_quantizers().items():
+            if isinstance(quantizer, StaticQuantizer):
+                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones_like(quantizer.scale), 0))
 
     def __getattr__(self, name: str) -> Any:
         """A frozen module still answers to ``weight``: dequantized anew at each access, never stored."""
@@ -344,15 +357,19 @@ class QuantizedModule(nn.Module):
 
     def float_input(self, x: Tensor | QuantizedTensor) -> Tensor:
         """The input in floating point, with an absorbed activation function applied; observed while calibrating."""
+        return self.float_operand(x, self.input_quantizer)
+
+    def float_operand(self, x: Tensor | QuantizedTensor, quantizer: Quantizer | None) -> Tensor:
+        """An operand in floating point, as its quantizer lets it through; observed while calibrating."""
         if isinstance(x, QuantizedTensor):
             return x.dequantize()
-        if self.input_quantizer is None:
+        if quantizer is None:
             return x
         if self.calibrating:
-            if self.input_quantizer.observing:
-                self.input_quantizer.observe(x)
-            return self.input_quantizer.clamp(x)
-        return self.input_quantizer(x)
+            if quantizer.observing:
+                quantizer.observe(x)
+            return quantizer.clamp(x)
+        return quantizer(x)
 
     def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor:
         """The integer product, in the dtype the float layer would return."""

@@ -80,6 +80,7 @@ class QuantizedConvolution(QuantizedModule):
             return None
         call = ste.Product(x, weight, kernel)
         scale, zero_point = out.present()
+        assert not isinstance(zero_point, Tensor)       # an output has one scale
         codes = ONEDNN.convolution_requantized(activation, kernel, geometry, call.scale_x() * call.multiplier_w(),
                                                None if self.bias is None else self.bias.float(), float(scale),
                                                zero_point or 0, out.spec.fmt.dtype)

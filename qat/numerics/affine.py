@@ -36,6 +36,8 @@ def scale_shape(shape: torch.Size | tuple[int, ...], spec: TensorSpec) -> tuple[
         return (shape[0], math.prod(shape[1:]) // check_group(shape, spec))
     if spec.granularity == "per_token":
         return (*shape[:-1], 1) if shape else ()
+    if spec.granularity == "per_column":
+        return tuple(shape[-1:])
     if spec.granularity == "per_sample":
         return (shape[0], *(1 for _ in shape[1:]))
     return ()
@@ -69,6 +71,8 @@ def aligned(value: Tensor, x: Tensor, spec: TensorSpec) -> Tensor:
 def rows(x: Tensor, spec: TensorSpec) -> Tensor:
     """``x`` as a matrix with one row for each scale: (scales, values that share it)."""
     count = math.prod(scale_shape(x.shape, spec))
+    if spec.granularity == "per_column":
+        return x.reshape(x.numel() // count if count else 0, count).t()
     return x.reshape(count, x.numel() // count if count else 0)
 
 
@@ -217,7 +221,8 @@ def _split(x: Tensor) -> tuple[Tensor, ...]:
 def _pieces(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec):
     """Pieces of ``x`` along its first dimension, with their targets, qparams, and two float32 scratch tensors."""
     inputs = _split(x)
-    along = spec.granularity != "per_tensor"  # every other scale has the first dimension of x in front
+    # every other scale has the first dimension of x in front
+    along = spec.granularity not in ("per_tensor", "per_column")
     steps = _split_like(scale, inputs) if along else [scale] * len(inputs)
     offsets = (_split_like(zero_point, inputs) if along and isinstance(zero_point, Tensor)
                else [zero_point] * len(inputs))

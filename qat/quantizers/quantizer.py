@@ -27,7 +27,7 @@ class Quantizer(nn.Module):
 
     Args:
         spec: completed by ``for_weight()`` or ``for_activation()``.
-        shape: shape of the weight; None for an activation.
+        shape: shape of the weight; for an activation None, or any shape with its number of columns (``per_column``).
 
     Attributes:
         name: dotted name in the model, for messages.
@@ -48,7 +48,7 @@ class Quantizer(nn.Module):
 
     @property
     def is_weight(self) -> bool:
-        return self.shape is not None
+        return self.shape is not None and self.spec.granularity != "per_column"
 
     @property
     def calibrated(self) -> bool:
@@ -263,7 +263,7 @@ class FrozenQuantizer(Quantizer):
         super().__init__(spec, shape)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
-        self._zero_point: int | None = None if self.zero_point is None else 0
+        self._zero_point: Tensor | int | None = None if self.zero_point is None else 0
 
     @classmethod
     def holding(cls, source: Quantizer, scale: Tensor, zero_point: Tensor | int | None) -> FrozenQuantizer:
@@ -273,14 +273,21 @@ class FrozenQuantizer(Quantizer):
         frozen.training = source.training
         frozen.scale = scale.clone()
         if frozen.zero_point is not None:
-            frozen.zero_point = torch.as_tensor(zero_point or 0, dtype=torch.int32, device=scale.device)
+            zero_point = torch.as_tensor(0 if zero_point is None else zero_point, device=scale.device)
+            frozen.zero_point = zero_point.to(torch.int32).expand(scale.shape).clone()
         frozen.loaded()
         return frozen
 
     def loaded(self) -> None:
-        self._zero_point = None if self.zero_point is None else int(self.zero_point)
+        zero_point = self.zero_point
+        self._zero_point = int(zero_point) if zero_point is not None and zero_point.dim() == 0 else zero_point
 
-    def present(self) -> tuple[Tensor, int | None]:
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.loaded()
+        return self
+
+    def present(self) -> tuple[Tensor, Tensor | int | None]:
         """Scale and zero point."""
         return self.scale, self._zero_point
 
@@ -367,15 +374,18 @@ def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None) -> Quantiz
     """The quantizer a spec asks for.
 
     Args:
-        spec: as written in a recipe; defaults are filled in here.
-        shape: shape of the weight (output channels first); None for an activation.
+        spec: as written in a recipe; defaults are filled in here (``per_column``: an activation's, filled in already).
+        shape: shape of the weight (output channels first); None for an activation; a shape that ends in the number of
+            columns for an activation with a scale for each.
 
     Weights with ``observer: minmax`` follow their weight at every step; other observers are searched when observing.
     """
-    spec = spec.for_weight() if shape is not None else spec.for_activation()
+    columns = spec.granularity == "per_column"
+    if not columns:
+        spec = spec.for_weight() if shape is not None else spec.for_activation()
     if spec.learned:
         return LearnedQuantizer(spec, shape)
-    if spec.dynamic or (shape is not None and spec.observer in ("minmax", "moving_average")):
+    if spec.dynamic or (shape is not None and not columns and spec.observer in ("minmax", "moving_average")):
         return DynamicQuantizer(spec, shape)
     return StaticQuantizer(spec, shape)
 

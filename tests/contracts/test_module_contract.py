@@ -37,6 +37,7 @@ CASES: dict[type[nn.Module], Case] = {
     nn.ConvTranspose3d: Case(lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, output_padding=1),
                              lambda: (torch.randn(1, 2, 2, 3, 2),)),
     qat.Add: Case(qat.Add, lambda: (torch.randn(3, 4), torch.randn(3, 4))),
+    qat.MatMul: Case(qat.MatMul, lambda: (torch.randn(3, 4, 6), torch.randn(3, 6, 5))),
     qat.Concat: Case(lambda: qat.Concat(1), lambda: (torch.randn(3, 4), torch.randn(3, 2))),
 }
 
@@ -59,7 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class TestContract:
     def recipe(self, kind: type[nn.Module], scheme: str) -> dict[str, Any]:
         rule = {"match": {"type": kind.__name__}, **RECIPES[scheme]}
-        if scheme == "weight only" and kind in (qat.Add, qat.Concat):
+        if scheme == "weight only" and kind in (qat.Add, qat.Concat, qat.MatMul):
             rule["input"] = "int8"                  # they have no weight
         return {"rules": [rule]}
 
