@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class Results:
         caption.append(self.parity(), style={True: "bold green", False: "bold red", None: ""}[self.bit_equal])
         table = Table(title=f"{self.examples} test examples", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
         for i, header in enumerate(headers):
-            table.add_column(header, justify="right" if i else "left", no_wrap=True)
+            table.add_column(textwrap.fill(header, 9, break_long_words=False), justify="right" if i else "left", no_wrap=True)
         for row, cells in zip(self.rows, rows):
             table.add_row(*cells, style="bold" if row.model == "deployed" else "")
         return table

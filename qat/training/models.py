@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import ConfigError, nearest
+from qat.modules.functional import MatMul
 
 
 class ConvBlock(nn.Sequential):
@@ -75,7 +76,8 @@ class CausalAttention(nn.Module):
     """Self-attention of each position to itself and what lies before it; (batch, time, width) -> same.
 
     Each head lowers its scores by a slope of its own for each step back (Press et al. 2022, ALiBi): from 1, for the
-    nearest, down to 1/16. So there is no position embedding, and no greatest length.
+    nearest, down to 1/16. So there is no position embedding, and no greatest length. The two products of activations
+    are modules, so that a recipe quantizes them like the layers.
     """
 
     slopes: Tensor
@@ -86,6 +88,7 @@ class CausalAttention(nn.Module):
             raise ConfigError(f"model: {heads} heads do not divide a width of {width}.")
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.scores, self.mix = MatMul(), MatMul()
         self.register_buffer("slopes", torch.logspace(0, -4, heads, base=2), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,8 +96,8 @@ class CausalAttention(nn.Module):
         q, k, v = (
             layer(x).view(batch, time, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        scores = (q @ k.transpose(-2, -1)) * (width // self.heads) ** -0.5
-        mixed = (scores + self.bias(time)).softmax(-1) @ v
+        scores = self.scores(q, k.transpose(-2, -1)) * (width // self.heads) ** -0.5
+        mixed = self.mix((scores + self.bias(time)).softmax(-1), v)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
     def bias(self, time: int) -> Tensor:
