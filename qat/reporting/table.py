@@ -112,7 +112,8 @@ class Results:
         caption.append(self.parity(), style={True: "bold green", False: "bold red", None: ""}[self.bit_equal])
         table = Table(title=f"{self.examples} test examples", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
         for i, header in enumerate(headers):
-            table.add_column(textwrap.fill(header, 9, break_long_words=False), justify="right" if i else "left", no_wrap=True)
+            lines = textwrap.fill(header, 9, break_long_words=False)
+            table.add_column(lines, justify="right" if i else "left", no_wrap=True)
         for row, cells in zip(self.rows, rows):
             table.add_row(*cells, style="bold" if row.model == "deployed" else "")
         return table

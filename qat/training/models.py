@@ -75,9 +75,9 @@ class MLP(nn.Sequential):
 class CausalAttention(nn.Module):
     """Self-attention of each position to itself and what lies before it; (batch, time, width) -> same.
 
-    Each head lowers its scores by a slope of its own for each step back (Press et al. 2022, ALiBi): from 1, for the
-    nearest, down to 1/16. So there is no position embedding, and no greatest length. The two products of activations
-    are modules, so that a recipe quantizes them like the layers.
+    Each head lowers its scores by a slope of its own for each step back (Press et al. 2022, ALiBi): from 1, a head that
+    sees the nearest, down to 1/16. So there is no position embedding, and no greatest length. The two products of
+    activations are modules, so that a recipe quantizes them like the layers.
     """
 
     slopes: Tensor
@@ -92,11 +92,11 @@ class CausalAttention(nn.Module):
         self.register_buffer("slopes", torch.logspace(0, -4, heads, base=2), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
+        (batch, time, width), head = x.shape, x.shape[-1] // self.heads
         q, k, v = (
-            layer(x).view(batch, time, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(x).view(batch, time, self.heads, head).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        scores = self.scores(q, k.transpose(-2, -1)) * (width // self.heads) ** -0.5
+        scores = self.scores(q, k.transpose(-2, -1)) * head**-0.5
         mixed = self.mix((scores + self.bias(time)).softmax(-1), v)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
@@ -166,7 +166,7 @@ class RecurrentClassifier(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        cells: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+        cells: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
         if cell not in cells:
             raise ConfigError(f"model.cell must be {' or '.join(cells)}, not {cell!r}{nearest(str(cell), cells)}.")
         self.embedding = nn.Embedding(tokens, width)

@@ -11,7 +11,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -297,7 +297,7 @@ def as_bytes(table: Dataset, column: str, where: str) -> list[bytes]:
     Raises:
         ConfigError: a row without text, or a column of something else.
     """
-    texts = []
+    texts: list[bytes] = []
     for value in (value for rows in table.iter(1000) for value in rows[column]):
         if isinstance(value, str):
             value = value.encode("utf-8", errors="surrogatepass")
@@ -339,12 +339,12 @@ def standard_library_lines(num_classes: int, lines_per_class: int, text: str, la
             for line in {stripped for part in content.splitlines() if len(stripped := part.strip()) >= 8}:
                 home[line] = module if home.get(line, module) == module else None
     lines: dict[str, list[bytes]] = {}
-    for line, module in home.items():
-        if module is not None:
-            lines.setdefault(module, []).append(line)
+    for line, only in home.items():
+        if only is not None:
+            lines.setdefault(only, []).append(line)
     classes = sorted(sorted(lines, key=lambda name: (-len(lines[name]), name))[:num_classes])
     if len(classes) < num_classes:
-        raise ConfigError(f"The standard library has {len(classes)} modules, fewer than data.num_classes={num_classes}.")
+        raise ConfigError(f"The standard library has {len(classes)} modules; data.num_classes is {num_classes}.")
     chosen = [(line, k) for k, name in enumerate(classes) for line in sorted(lines[name], key=digest)[:lines_per_class]]
     features = datasets.Features({text: datasets.Value("binary"), label: datasets.ClassLabel(names=classes)})
     return datasets.Dataset.from_dict({text: [line for line, _ in chosen], label: [k for _, k in chosen]}, features)

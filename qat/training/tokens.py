@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 
 class TokenCrossEntropy(nn.CrossEntropyLoss):
-    """Mean cross-entropy over all positions, in nats; output (..., classes), target (...), as language models have them.
+    """Mean cross-entropy over all positions, in nats: output (..., classes), target (...).
 
     Takes the options of ``nn.CrossEntropyLoss``; positions whose target is ``ignore_index`` do not count.
 
