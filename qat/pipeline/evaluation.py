@@ -69,6 +69,7 @@ def measure(
     sizes: Mapping[str, int],
     batches: Iterable[tuple[Any, Tensor]],
     metrics: Mapping[str, Any],
+    loss: nn.Module,
     device: torch.device,
     repeats: int,
 ) -> Results:
@@ -77,13 +78,15 @@ def measure(
     Args:
         models: in eval mode.
         sizes: bytes of each model's weights file.
-        batches: (inputs, target); predictions are the argmax over dimension 1 of the output.
+        batches: (inputs, target).
         metrics: configs of torchmetrics by name; the first one is the score.
+        loss: says where the output has its classes (see `predictions`).
         device: where to run.
         repeats: timed passes for each model over the first batch.
     """
     metric_name, metric_config = next(iter(metrics.items()))
-    scores: dict[str, Metric] = {name: build(metric_config, f"metrics.{metric_name}").to(device) for name in models}
+    metric: Metric = build(metric_config, f"metrics.{metric_name}")
+    scores: dict[str, Metric] = {name: metric.clone().to(device) for name in models}
     agreement = {
         (name, other): MeanMetric().to(device) for name in models for other in ("float", "qat") if other in models
     }
@@ -97,8 +100,11 @@ def measure(
             outputs = {name: call_network(model, inputs) for name, model in models.items()}
             for name, output in outputs.items():
                 scores[name].update(output, target)
+            predicted = {name: predictions(output, target, loss) for name, output in outputs.items()}
             for (name, other), mean in agreement.items():
-                mean.update((outputs[name].argmax(1) == outputs[other].argmax(1)).float())
+                one, two = predicted[name], predicted[other]
+                if one is not None and two is not None:
+                    mean.update((one == two).float())
             if "deployed" in models and "qat" in models:
                 deployed, prepared = outputs["deployed"], outputs["qat"]
                 bit_equal &= torch.equal(deployed, prepared)
@@ -107,7 +113,7 @@ def measure(
         if first is None:
             raise CheckpointError("The test set is empty: there is nothing to measure.")
         latency = alternating_latency(models, first, repeats, device)
-    shares = {pair: float(mean.compute()) for pair, mean in agreement.items()}
+    shares = {pair: float(mean.compute()) for pair, mean in agreement.items() if mean.update_called}
     compared = "deployed" in models and "qat" in models
     return Results(
         metric=metric_name,
@@ -125,8 +131,26 @@ def measure(
         bit_equal=bit_equal if compared else None,
         greatest_difference=difference if compared else None,
         examples=examples,
-        batch_size=len(next(iter(first.values())) if isinstance(first, Mapping) else first),
+        batch_size=batch_size(first),
+        higher_is_better=metric.higher_is_better is not False,
+        proportion=(metric.plot_lower_bound, metric.plot_upper_bound) == (0.0, 1.0),
     )
+
+
+def predictions(output: Tensor, target: Tensor, loss: nn.Module) -> Tensor | None:
+    """The predicted class of each example, or of each position that counts; flat.
+
+    The classes are dimension ``loss.class_dim`` of the output; 1, as for torch's own losses, where the loss does not
+    say. None where there is no class to predict: the target is floating point, or the output has no such dimension.
+    """
+    dim = getattr(loss, "class_dim", 1)
+    if target.is_floating_point() or not -output.ndim <= dim < output.ndim:
+        return None
+    predicted = output.argmax(dim)
+    ignored = getattr(loss, "ignore_index", None)
+    if ignored is not None and predicted.shape == target.shape:
+        return predicted[target != ignored]
+    return predicted.flatten()
 
 
 def alternating_latency(
@@ -157,6 +181,13 @@ def move(inputs: Any, device: torch.device) -> Any:
 def first_example(inputs: Any) -> Any:
     """The first example of a batch of inputs, as a batch of one."""
     return _map(inputs, lambda tensor: tensor[:1])
+
+
+def batch_size(inputs: Any) -> int:
+    """Examples in a batch of inputs."""
+    while not isinstance(inputs, Tensor):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
+    return len(inputs)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

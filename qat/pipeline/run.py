@@ -44,7 +44,7 @@ from qat.reporting import Results, read_csv, report
 from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
 from qat.training.callbacks import QuantizationSchedule
-from qat.training.data import ClassificationData, stream_seed
+from qat.training.data import ResumableData, stream_seed
 from qat.training.module import QuantizedTraining, call_network, shapes
 from qat.training.pruning import PruningSchedule
 
@@ -94,20 +94,35 @@ class Run:
         self.recipe = qat.Recipe.from_dict(config["recipe"])
         self.schedule = dict(config["schedule"])
         self.pruning = Pruning.from_dict(config["prune"])
-        self.data: ClassificationData = build(config["data"], "data")
+        self.data: ResumableData = build(config["data"], "data")
         if not isinstance(self.data, L.LightningDataModule) or not hasattr(self.data, "calibration_dataloader"):
             raise ConfigError("data must build a LightningDataModule with a calibration_dataloader() method.")
         options = config["trainer"]
         check_arguments(L.Trainer, list(options), "trainer")
-        if not isinstance(options["max_epochs"], int) or options["max_epochs"] < 1:
-            raise ConfigError(
-                f"trainer.max_epochs must be a whole number of at least 1, not {options['max_epochs']!r}."
-            )
         self.strategy = process_strategy(options)
         self.fast = bool(options.get("fast_dev_run"))
-        self.extra_epochs = max(1, round(self.schedule["epochs"] * options["max_epochs"]))
+        self.float_budget = self._budget(1.0)
+        self.extra_budget = self._budget(self.schedule["epochs"])
         cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
+
+    def _budget(self, share: float) -> dict[str, int]:
+        """This share of the float training's length, as options of the trainer: epochs, steps, or what ends first.
+
+        Raises:
+            ConfigError: a length that is not a whole number of at least 1, or none at all.
+        """
+        budget = {}
+        for name in ("max_epochs", "max_steps"):
+            value = self.config["trainer"].get(name)
+            if value in (None, -1):  # Lightning's words for "no limit"
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"trainer.{name} must be a whole number of at least 1, not {value!r}.")
+            budget[name] = max(1, round(share * value))
+        if not budget:
+            raise ConfigError("How long is the training? Set trainer.max_epochs or trainer.max_steps to at least 1.")
+        return budget
 
     def execute(self) -> Results:
         """Run what is not finished yet; returns the table.
@@ -153,14 +168,14 @@ class Run:
         torch.manual_seed(stream_seed(self.config["seed"]))
         module = self._module(None, 1.0)
         module.configure_model()
-        return self._fit("float", module, self.config["trainer"]["max_epochs"])
+        return self._fit("float", module, self.float_budget)
 
     def _control(self) -> dict[str, Any]:
-        """More float training with the very budget of the quantized training: epochs, learning rate, batches."""
+        """More float training with the very budget of the quantized training: length, learning rate, batches."""
         module = self._module(None, self.schedule["learning_rate"])
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "float"))
-        return self._fit("control", module, self.extra_epochs)
+        return self._fit("control", module, self.extra_budget)
 
     def _ptq(self) -> dict[str, Any]:
         network, parameters = self._cut(self._load("float"))
@@ -185,7 +200,7 @@ class Run:
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
         phases = QuantizationSchedule(calibration_batches=0, **self.schedule["phases"])
         pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
-        return self._fit("qat", module, self.extra_epochs, phases, *pruning)
+        return self._fit("qat", module, self.extra_budget, phases, *pruning)
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load("qat").to(self.device)
@@ -229,6 +244,7 @@ class Run:
             {name: path.stat().st_size for name, (_, path) in models.items()},
             itertools.islice(self.data.test_dataloader(), 1 if self.fast else None),
             self.config["metrics"],
+            build(self.config["loss"], "loss"),
             self.device,
             repeats=3 if self.fast else 30,
         )
@@ -261,10 +277,19 @@ class Run:
             compile=config["compile"],
         )
 
-    def _fit(self, stage: str, module: QuantizedTraining, epochs: int, *callbacks: L.Callback) -> dict[str, Any]:
+    def _fit(
+        self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback
+    ) -> dict[str, Any]:
         """Train, continuing from the stage's last checkpoint if there is one, and save the weights."""
         folder, config = self.folder / stage, self.config
-        options = dict(config["trainer"], max_epochs=epochs, strategy=self.strategy)
+        options = dict(
+            config["trainer"], max_epochs=budget.get("max_epochs"), max_steps=budget.get("max_steps", -1),
+            strategy=self.strategy,
+        )  # fmt: skip
+        if isinstance(options.get("val_check_interval"), int) and "max_steps" in budget:
+            # A stage that is shorter than the interval is validated at its end.
+            batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
+            options["val_check_interval"] = min(options["val_check_interval"], batches)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )
@@ -313,7 +338,8 @@ class Run:
             module.load_state_dict(best["state_dict"])
         save_weights(cast(nn.Module, module.network), weights_file(self.folder, stage))
         logged = trainer.callback_metrics.items()
-        return {"epochs": epochs} | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
+        length = {name.removeprefix("max_"): value for name, value in budget.items()}
+        return length | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
 
     def _loggers(self, folder: Path) -> list[Logger]:
         wanted = self.config["logger"]

@@ -76,7 +76,9 @@ def report(
     return page(
         title,
         f"<p class='soft'>{results.examples} test examples. "
-        f"Latency is the median of one batch of {results.batch_size}.</p>"
+        f"Latency is the median of one batch of {results.batch_size}."
+        + ("" if results.higher_is_better else f" {html.escape(results.title().capitalize())}: lower is better.")
+        + "</p>"
         f"<h2>Results</h2>{table_of(headers, rows, 'results')}"
         f"<p class='verdict {verdict}'>{html.escape(results.parity())}</p>"
         + (f"<h2>Training</h2><div class='curves'>{figures}</div>" if figures else "")

@@ -92,16 +92,16 @@ class Sweep:
         rows = []
         for name, jobs in self.groups().items():
             scores = [job.scores() for job in jobs]
-            share = [0 <= score <= 1 for one in scores for score in one.values()]
             columns = [[one[model] for one in scores if model in one]
                        for model in ("float", "control", "ptq", "qat", "deployed")]
             gaps = [one["deployed"] - one["control"] for one in scores if {"deployed", "control"} <= one.keys()]
             sizes, whole = _column(jobs, "deployed", "bytes"), _column(jobs, "float", "bytes")
             latency = _column(jobs, "deployed", "latency_ms")
             assert jobs[0].results is not None
+            share = jobs[0].results.proportion
             rows.append([
                 name, str(len(jobs)), jobs[0].results.metric,
-                *(_spread(values, all(share)) for values in columns), _spread(gaps, all(share), sign="+"),
+                *(_spread(values, share) for values in columns), _spread(gaps, share, sign="+"),
                 f"{statistics.mean(sizes):,.0f}" if sizes else "",
                 f"{statistics.mean(sizes) / statistics.mean(whole):.2f}x" if sizes and whole else "",
                 f"{statistics.mean(latency):.2f} ms" if latency else "",
@@ -200,7 +200,7 @@ def _column(jobs: Sequence[Job], model: str, field: str) -> list[float]:
 
 
 def _spread(values: Sequence[float], share: bool, sign: str = "") -> str:
-    """``98.05 ± 0.31%`` for shares in 0..1, else ``2.331 ± 0.004``."""
+    """``98.05 ± 0.31%`` for shares of 1, else ``2.331 ± 0.004``."""
     if not values:
         return ""
     factor, unit, digits = (100.0, "%", ".2f") if share else (1.0, "", ".4g")
