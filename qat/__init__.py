@@ -10,6 +10,7 @@
 
 from qat import errors
 from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
+from qat.compression.distillation import Distillation, Distiller
 from qat.deploy import Certificate, convert, load, save
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat
@@ -19,6 +20,7 @@ from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
-__all__ = ["Add", "Certificate", "Concat", "Coverage", "FakeQuantize", "QuantizationError", "QuantizedTensor", "Recipe",
-           "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
-           "is_prepared", "load", "prepare", "reestimate_batch_norm", "save", "set_observing"]
+__all__ = ["Add", "Certificate", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize", "QuantizationError",
+           "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors",
+           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "prepare", "reestimate_batch_norm", "save",
+           "set_observing"]

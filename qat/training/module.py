@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
+from qat.compression.distillation import Distillation, Distiller
+from qat.compression.teacher_outputs import Taught
 from qat.errors import ConfigError
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
@@ -62,6 +64,10 @@ class QuantizedTraining(L.LightningModule):
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
+        distill: options of `qat.Distillation`, or None. ``train_loss`` is then the combined one, and its parts are
+            logged too; validation and testing measure ``loss`` alone.
+        teacher: whom the network learns from. It is in no checkpoint: pass it again where training goes on; to validate
+            or test it is not needed.
 
     Batches: (inputs, target), inputs being a tensor, a tuple of arguments or a dict of keyword arguments; or one dict.
     """
@@ -78,12 +84,18 @@ class QuantizedTraining(L.LightningModule):
         scale_lr_factor: float = 0.1,
         target_key: str = "labels",
         seed: int = 0,
+        distill: Mapping[str, Any] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if distill is not None:
+            distill = Distillation.from_dict(plain(distill, "distill")).to_dict()
+        elif teacher is not None:
+            raise ConfigError("A teacher needs a distillation: give distill=, such as {'temperature': 2.0}.")
         options: dict[str, Any] = {
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
-            "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed,
+            "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed, "distill": distill,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -94,6 +106,9 @@ class QuantizedTraining(L.LightningModule):
             {name: build(config, f"metrics.{name}") for name, config in self.hparams["metrics"].items()}
         )
         self.val_metrics, self.test_metrics = collection.clone(prefix="val_"), collection.clone(prefix="test_")
+        self.distiller: Distiller | None = None
+        # In a tuple, because an attribute that is a module becomes a submodule: trained, and in every state dict.
+        self._teacher: tuple[nn.Module | None] = (teacher,)
         self._configured = False
 
     def configure_model(self) -> None:
@@ -103,14 +118,31 @@ class QuantizedTraining(L.LightningModule):
         network = self.network if self.network is not None else build(self.hparams["network"], "network")
         if not isinstance(network, nn.Module):
             raise ConfigError(f"network builds a {type(network).__name__}, not an nn.Module.")
+        [teacher] = self._teacher
+        if teacher is not None:
+            # Before the swap: the float network can be run on example inputs, a prepared one has no ranges yet.
+            example_inputs = zeros(self.hparams["example_inputs"])
+            self.distiller = Distiller(
+                self.hparams["distill"], teacher, network, example_inputs, seed=self.hparams["seed"]
+            )
+            self._teacher = (None,)  # the distiller has it, and may release it
         if self.hparams["recipe"] is not None:
             import qat
 
             network = qat.prepare(
                 network, qat.Recipe.from_dict(self.hparams["recipe"]), zeros(self.hparams["example_inputs"])
             )
+            if self.distiller is not None:
+                self.distiller.check(network)
         self.network = network
         self._configured = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Without a teacher, the projections of a distillation have no place and no use."""
+        if self.distiller is None:
+            state = checkpoint["state_dict"]
+            for name in [name for name in state if name.startswith("distiller.")]:
+                del state[name]
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """A batch as (inputs, target)."""
@@ -121,7 +153,7 @@ class QuantizedTraining(L.LightningModule):
             return {name: value for name, value in batch.items() if name != key}, batch[key]
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError("A batch must be (inputs, target) or a dict that holds the target.")
-        return batch[0], batch[1]
+        return batch[0], batch[1].target if isinstance(batch[1], Taught) else batch[1]
 
     def forward(self, inputs: Any) -> Any:
         """The network's output; ``.logits`` of it where it has some (models of the transformers library)."""
@@ -129,9 +161,28 @@ class QuantizedTraining(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.split(batch)
-        loss: Tensor = self.loss(self(inputs), target)
+        if self.hparams["distill"] is None:
+            loss: Tensor = self.loss(self(inputs), target)
+        else:
+            loss = self._taught_loss(inputs, target, batch)
         self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
+
+    def _taught_loss(self, inputs: Any, target: Any, batch: Any) -> Tensor:
+        """The loss against the labels and the teacher."""
+        if self.distiller is None:
+            raise ConfigError(
+                "This module learns from a teacher, which no checkpoint holds: pass teacher= to train it, or "
+                "distill=None to train it on the labels alone."
+            )
+        with self.distiller.watching(cast(nn.Module, self.network)) as said:
+            output = self(inputs)
+        known = isinstance(batch, tuple | list) and isinstance(batch[1], Taught)
+        told = batch[1].told if known else self.distiller.ask(inputs)
+        parts = self.distiller.losses(output, said, told, target, getattr(self.loss, "ignore_index", None))
+        task: Tensor = self.loss(output, target)
+        self.log_dict({f"train_{name}_loss": part for name, part in {"task": task, **parts}.items()}, on_epoch=False)
+        return self.distiller.combine(task, parts)
 
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)
@@ -150,9 +201,10 @@ class QuantizedTraining(L.LightningModule):
         torch.manual_seed(stream_seed(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
 
     def configure_optimizers(self) -> Any:
-        optimizer = build(
-            self.hparams["optimizer"], "optimizer", params=parameter_groups(cast(nn.Module, self.network))
-        )
+        learners = cast(nn.Module, self.network)
+        if self.distiller is not None:
+            learners = nn.ModuleList([learners, self.distiller])
+        optimizer = build(self.hparams["optimizer"], "optimizer", params=parameter_groups(learners))
         for group in optimizer.param_groups:
             if group["role"] == "scales":
                 group["lr"] *= self.hparams["scale_lr_factor"]
