@@ -359,15 +359,19 @@ def _layer(network: nn.Module, name: str) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------- the driver
 
 
-class Projection(nn.Linear):
-    """A linear map of one dimension of a tensor, without bias: (..., in at ``dim``, ...) -> (..., out, ...)."""
+class Projection(nn.Module):
+    """A linear map of one dimension of a tensor, without bias: (..., in at ``dim``, ...) -> (..., out, ...).
 
-    def __init__(self, inputs: int, outputs: int, dim: int, **options: Any) -> None:
-        super().__init__(inputs, outputs, bias=False, **options)
-        self.dim = dim
+    ``weight``: (out, in).
+    """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(self.dim, -1).to(self.weight.dtype)).movedim(-1, self.dim)
+    def __init__(self, weight: Tensor, dim: int) -> None:
+        super().__init__()
+        self.weight, self.dim = nn.Parameter(weight), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x.movedim(self.dim, -1).to(self.weight.dtype)
+        return nn.functional.linear(moved, self.weight).movedim(-1, self.dim)
 
 
 class Distiller(nn.Module):
@@ -463,12 +467,12 @@ class Distiller(nn.Module):
             for name in self.hidden.values():
                 _refuse_absorbing(teacher, name)
 
-    def _look(self, student: nn.Module, inputs: Any, seed: int) -> None:
+    def _look(self, student: nn.Module, example: Any, seed: int) -> None:
         """Run both on one batch: make the projections, refuse what does not fit."""
         copied = copy.deepcopy(student).eval()  # a copy: looking must not move a range of a network that observes
-        told = self.ask(inputs)
+        told = self.ask(example)
         with torch.no_grad(), watching(copied, [*self.hidden], [*self.attention]) as said:
-            output = logits(_call(copied, inputs))
+            output = logits(_call(copied, example))
         generator = torch.Generator().manual_seed(seed)
         anchor = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         for name, other in self.hidden.items():
@@ -481,11 +485,9 @@ class Distiller(nn.Module):
                 )
             if differing:
                 [dim] = differing
-                widths = mine.shape[dim], theirs.shape[dim]
-                projection = Projection(*widths, dim, device=anchor.device, dtype=anchor.dtype)
-                values = torch.empty(widths[1], widths[0]).normal_(0, widths[0] ** -0.5, generator=generator)
-                projection.weight.data.copy_(values)
-                self.projections[_project(name)] = projection
+                outputs, inputs = theirs.shape[dim], mine.shape[dim]
+                weight = torch.randn(outputs, inputs, generator=generator) / math.sqrt(max(inputs, 1))
+                self.projections[_project(name)] = Projection(weight.to(anchor), dim)
         for name, other in self.attention.items():
             for mine, theirs in _calls(said, told, "attention", name, other):
                 for whose, found in (("student", mine), ("teacher", theirs)):
