@@ -183,9 +183,10 @@ class Distillation:
 def _pairs(value: Any, key: str) -> dict[str, str]:
     value = {} if value is None else value
     named = {name: name for name in value} if isinstance(value, list | tuple) else value
-    if not isinstance(named, Mapping) or not all(isinstance(n, str) and n for pair in named.items() for n in pair):
+    # A command line makes numbers of the names that nn.Sequential gives.
+    if not isinstance(named, Mapping) or not all(n != "" and type(n) in (str, int) for p in named.items() for n in p):
         raise ConfigError(f"distill.{key} must name layers, {{student's: teacher's}} or [of both], not {value!r}.")
-    return dict(named)
+    return {str(mine): str(theirs) for mine, theirs in named.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- watching

@@ -156,7 +156,7 @@ def teacher_place(folder: Path, architecture: Mapping[str, Any] | None) -> tuple
     elif home is None:
         raise ConfigError(f"{where}: there is no config.yaml beside it, so it belongs to no run.")
     assert home is not None
-    described = plain(OmegaConf.load(home / "config.yaml"))
-    if not isinstance(described, dict) or not {"model", "recipe"} <= described.keys():
+    loaded = OmegaConf.load(home / "config.yaml")
+    if not isinstance(loaded, DictConfig) or not {"model", "recipe"} <= loaded.keys():
         raise ConfigError(f"{where}: {home / 'config.yaml'} does not describe a run.")
-    return root, model, described
+    return root, model, {key: plain(loaded[key], key) for key in ("model", "recipe")}

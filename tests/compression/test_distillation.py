@@ -1,4 +1,4 @@
-"""The losses against closed forms; what is watched is what a float network shows; the teacher stays out of everything."""
+"""The losses against closed forms; what is watched is what a float network shows; the teacher stays apart."""
 
 import copy
 import pickle
@@ -153,7 +153,7 @@ def test_attention_of_other_head_counts_and_with_exact_zeros():
         ({"divergence": "lk"}, "did you mean 'kl'"),
         ({"class_dim": 1.0}, "distill.class_dim"),
         ({"hidden": "blocks.0"}, "distill.hidden must name layers"),
-        ({"hidden": {"a": 1}}, "distill.hidden must name layers"),
+        ({"hidden": {"a": 1.5}}, "distill.hidden must name layers"),
         ({"attention": [""]}, "distill.attention must name layers"),
         ({"temprature": 2}, "did you mean 'temperature'"),
         ({"weight": 0}, "nothing to learn from"),
@@ -168,6 +168,7 @@ def test_plans_that_make_no_sense(options, message):
 def test_a_plan_survives_plain_values_and_weighs_its_parts():
     plan = Distillation(weight=0.75, hidden=["a", "b"], hidden_weight=2.0, attention={"c": "d"}, attention_weight=3.0)
     assert plan.hidden == {"a": "a", "b": "b"}
+    assert Distillation(hidden=[2, "4"]).hidden == {"2": "2", "4": "4"}
     assert Distillation.from_dict(plan.to_dict()) == plan
     task, one = torch.tensor(8.0), torch.tensor(1.0)
     assert plan.combine(task, {"logits": one, "hidden": one, "attention": one}) == 0.25 * 8 + 0.75 + 2 + 3
@@ -183,7 +184,7 @@ def test_class_dim():
         class_dim(torch.zeros(4, 10, 10), torch.zeros(4, 10))
     with pytest.raises(ConfigError, match=r"set distill\.class_dim"):
         class_dim(torch.zeros(4, 7, 10))
-    with pytest.raises(ConfigError, match="distill.class_dim is 3"):
+    with pytest.raises(ConfigError, match=r"distill\.class_dim is 3"):
         class_dim(torch.zeros(4, 7, 10), None, 3)
 
 
