@@ -218,7 +218,7 @@ def watching(network: nn.Module, hidden: Sequence[str] = (), attention: Sequence
         return lambda module, args, output: keep("attention", name, _map(output, name))
 
     try:
-        if hidden or attention:
+        if hidden:
             handles += absorbing.hooks(network)
         for name in hidden:
             handles.append(_layer(network, name).register_forward_hook(layer(name)))
@@ -244,15 +244,15 @@ class _Absorbing:
 
     def __init__(self) -> None:
         self.lacking: dict[int, tuple[Any, Absorbed]] = {}  # with the value itself, so that its key stays its own
-        self.early: dict[int, tuple[Any, str]] = {}
+        self.early: dict[int, Any] = {}
 
     def hooks(self, network: nn.Module) -> list[Any]:
         handles = []
-        for name, module in network.named_modules():
+        for module in network.modules():
             if isinstance(module, Absorbed):
                 handles.append(module.register_forward_hook(self._passed))
             elif isinstance(module, QuantizedModule | QuantizedBatchNorm):
-                handles.append(module.register_forward_hook(self._made(name)))
+                handles.append(module.register_forward_hook(self._made))
         return handles
 
     def _passed(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -260,19 +260,16 @@ class _Absorbing:
         if self.early.pop(_key(output), None) is None and isinstance(output, Tensor):
             self.lacking[_key(output)] = output, module
 
-    def _made(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(module, QuantizedBatchNorm):
-                producer = module._producer[0] if module._producer else None
-                clamps = producer is not None and bool(producer.plan.output_absorbs) and not producer.folds()
-            else:
-                assert isinstance(module, QuantizedModule)
-                apart = bool(module._batch_norm) and not module.folds()
-                clamps = bool(module.plan.output_absorbs) and not apart
-            if clamps and isinstance(output, Tensor | QuantizedTensor):
-                self.early[_key(output)] = output, name
-
-        return hook
+    def _made(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, QuantizedBatchNorm):
+            producer = module._producer[0] if module._producer else None
+            clamps = producer is not None and bool(producer.plan.output_absorbs) and not producer.folds()
+        else:
+            assert isinstance(module, QuantizedModule)
+            apart = bool(module._batch_norm) and not module.folds()
+            clamps = bool(module.plan.output_absorbs) and not apart
+        if clamps and isinstance(output, Tensor | QuantizedTensor):
+            self.early[_key(output)] = output
 
     def value(self, output: Any, name: str) -> Tensor:
         """A layer's output as a float tensor of its own (later steps may overwrite the one that the network uses)."""

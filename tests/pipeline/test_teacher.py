@@ -68,7 +68,12 @@ def test_a_deployed_teacher_of_another_width_from_disk(tmp_path, teacher, monkey
     """Hidden layers through projections, outputs kept on disk and shared; the student's files hold neither."""
     asked = []
     original = qat.Distiller.ask
-    monkeypatch.setattr(qat.Distiller, "ask", lambda self, inputs: (asked.append(len(inputs)), original(self, inputs))[1])
+
+    def ask(self, inputs):
+        asked.append(len(inputs))
+        return original(self, inputs)
+
+    monkeypatch.setattr(qat.Distiller, "ask", ask)
     options = ["distill=logits", f"distill.teacher={teacher}/deployed", "distill.hidden=[2,4]",
                f"distill.cache={tmp_path}/kept", "model.hidden=[12,12]"]  # fmt: skip
     first = make(tmp_path / "first", *options)
