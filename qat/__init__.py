@@ -12,6 +12,8 @@ from qat import errors
 from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
 from qat.compression import (
     ChannelReport,
+    Distillation,
+    Distiller,
     Pruning,
     adapter_state,
     add_adapters,
@@ -30,8 +32,8 @@ from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
-__all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "FakeQuantize", "MatMul", "Pruning",
-           "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state", "add_adapters",
-           "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges", "is_prepared", "load",
-           "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels", "reestimate_batch_norm",
-           "save", "set_observing", "sparsity"]
+__all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
+           "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state",
+           "add_adapters", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
+           "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels",
+           "reestimate_batch_norm", "save", "set_observing", "sparsity"]

@@ -14,7 +14,7 @@ from qat.compression.adapters import merge_adapters
 from qat.compression.pruning import sparsity
 from qat.errors import ConvertError, NotCalibratedError, ParityError
 from qat.modules.base import QuantizedModule
-from qat.modules.normalization import Absorbed, QuantizedBatchNorm
+from qat.modules.normalization import QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import Quantizer, StaticQuantizer
@@ -142,13 +142,16 @@ def share_codes(modules: dict[str, QuantizedModule]) -> None:
 
 
 def drop_folded(model: nn.Module) -> None:
-    """Replace folded batch norms and absorbed activation functions, which do nothing any more, by identities."""
+    """Replace folded batch norms, which do nothing any more, by identities.
+
+    Absorbed activation functions do nothing either, but stay: they hold nothing, and say which function a quantizer
+    computes in their place (distillation looks at such layers).
+    """
     folded = {m.plan.batch_norm for m in quantized_modules(model).values() if m.plan.batch_norm}
     names = {id(m): n for n, m in model.named_modules()}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if child is not None and (isinstance(child, Absorbed) or (isinstance(child, QuantizedBatchNorm)
-                                                                      and names[id(child)] in folded)):
+            if isinstance(child, QuantizedBatchNorm) and names[id(child)] in folded:
                 identity: nn.Module = nn.Identity()
                 identity.training = child.training
                 parent._modules[key] = identity

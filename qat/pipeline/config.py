@@ -10,18 +10,25 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import qat
+from qat.compression.distillation import Distillation
+from qat.deploy.checkpoint import MANIFEST
 from qat.errors import ConfigError, nearest
+from qat.pipeline.evaluation import MODELS
 from qat.training.averaging import check_decay
 from qat.training.build import allow_targets, check, check_arguments, plain
 from qat.training.callbacks import QuantizationSchedule
 
 # What describes the run, and is stored with it ...
 STORED = (
-    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "loss", "metrics", "optimizer", "scheduler",
-    "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
+    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "distill", "loss", "metrics", "optimizer",
+    "scheduler", "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
 )  # fmt: skip
 # ... and what describes one call of the command.
 OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep")
+OF_THE_TEACHER = ("teacher", "teacher_model", "cache")
+"""Keys of ``distill`` that say who teaches; the others are those of `qat.Distillation`."""
+OWN = "float"
+"""``distill.teacher=float``: the run's own float model."""
 
 
 def check_keys(section: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -80,7 +87,10 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         check(values["scheduler"], "scheduler", "optimizer")
     for name, metric in values["metrics"].items():
         check(metric, f"metrics.{name}")
-    written_out = {"recipe": read_recipe(values["recipe"]).to_dict(), "prune": pruning.to_dict()}
+    written_out = {
+        "recipe": read_recipe(values["recipe"]).to_dict(), "prune": pruning.to_dict(),
+        "distill": distill_config(values["distill"]),
+    }  # fmt: skip
     return {key: values[key] for key in STORED} | written_out
 
 
@@ -112,3 +122,63 @@ def stored_config(folder: Path) -> dict[str, Any]:
     if missing := [key for key in STORED if key not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}.")
     return values
+
+
+def distill_config(section: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The ``distill`` section, checked, complete, with absolute paths; ``{"teacher": None}`` where nobody teaches.
+
+    Raises:
+        ConfigError: an unknown key, a wrong value, a teacher that is not there.
+    """
+    options = dict(section or {})
+    if options.get("teacher") is None:
+        return {"teacher": None}
+    teacher, cache = options["teacher"], options.get("cache", False)
+    if not isinstance(teacher, str):
+        raise ConfigError(f"distill.teacher must be float or the folder of a run or a deployed model, not {teacher!r}.")
+    if teacher != OWN:
+        teacher_place(Path(teacher), options.get("teacher_model"))
+        teacher = str(Path(teacher).resolve())
+    if not isinstance(cache, bool | str):
+        raise ConfigError(f"distill.cache must be true, false or a folder, not {cache!r}.")
+    rest = Distillation.from_dict({k: v for k, v in options.items() if k not in OF_THE_TEACHER}).to_dict()
+    return {
+        "teacher": teacher,
+        "teacher_model": options.get("teacher_model"),
+        "cache": str(Path(cache).resolve()) if isinstance(cache, str) else cache,
+        **rest,
+    }
+
+
+def teacher_place(folder: Path, architecture: Mapping[str, Any] | None) -> tuple[Path, str, Mapping[str, Any]]:
+    """Where a teacher's weights are, as (run folder or deployed folder, which model, config of the architecture)."""
+    where = f"distill.teacher={folder}"
+    if not folder.is_dir():
+        raise ConfigError(f"{where}: there is no such folder. Name a run folder, a deployed folder, or float.")
+    if (folder / MANIFEST).is_file():
+        homes, model, root = [folder, folder.resolve().parent], "deployed", folder
+    elif (folder / "weights.safetensors").is_file():
+        homes, model, root = [folder.resolve().parent], folder.resolve().name, folder.resolve().parent
+        if model not in MODELS:
+            raise ConfigError(f"{where}: {model} is no stage of a run; the stages are {', '.join(MODELS)}.")
+    elif (folder / "config.yaml").is_file():
+        homes, model, root = [folder], OWN, folder
+    else:
+        raise ConfigError(f"{where} is neither a run folder (config.yaml) nor a deployed folder ({MANIFEST}).")
+    home = next((h for h in homes if (h / "config.yaml").is_file()), None)
+    if model == "deployed":
+        if architecture is not None:
+            check(architecture, "distill.teacher_model")
+            return root, model, {"model": plain(architecture)}
+        if home is None:
+            raise ConfigError(f"{where} lies in no run folder, so its architecture is not known: describe it in "
+                              "distill.teacher_model, a config with a `_target_`.")  # fmt: skip
+    elif architecture is not None:
+        raise ConfigError(f"{where} has an architecture of its own: leave out distill.teacher_model.")
+    elif home is None:
+        raise ConfigError(f"{where}: there is no config.yaml beside it, so it belongs to no run.")
+    assert home is not None
+    loaded = OmegaConf.load(home / "config.yaml")
+    if not isinstance(loaded, DictConfig) or not {"model", "recipe"} <= loaded.keys():
+        raise ConfigError(f"{where}: {home / 'config.yaml'} does not describe a run.")
+    return root, model, {key: plain(loaded[key], key) for key in ("model", "recipe")}

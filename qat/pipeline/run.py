@@ -6,6 +6,7 @@ The run folder::
     stages/<name>.json   a stage is finished when this file is there
     <stage>/             weights.safetensors; checkpoints/last.ckpt while it trains; csv/, tensorboard/
     deployed/            model.safetensors, manifest.json
+    teacher.json         digest of a teacher from elsewhere; teacher/: what the teacher computes (distill.cache)
     results.csv  report.html
 
 Running again in the same folder skips the finished stages and continues the present one from its last checkpoint, to
@@ -14,6 +15,7 @@ the same bits as a run that was never interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -40,6 +42,7 @@ from qat.compression.pruning import Pruning, attach
 from qat.errors import ConfigError
 from qat.pipeline.evaluation import MODELS, channel_shapes, first_example, load_model, measure, move, weights_file
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
+from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
 from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
@@ -92,7 +95,7 @@ class Run:
     def __init__(self, config: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
         self.config, self.folder, self.console = config, folder, console or Console()
         self.recipe = qat.Recipe.from_dict(config["recipe"])
-        self.schedule = dict(config["schedule"])
+        self.schedule, self.distill = dict(config["schedule"]), dict(config["distill"])
         self.pruning = Pruning.from_dict(config["prune"])
         self.data: ResumableData = build(config["data"], "data")
         if not isinstance(self.data, L.LightningDataModule) or not hasattr(self.data, "calibration_dataloader"):
@@ -138,6 +141,11 @@ class Run:
             prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
             if self.pruning.masks:
                 attach(prepared, self.pruning)
+        teacher = None
+        if self.distill["teacher"] is not None and not (self.folder / "stages" / "qat.json").exists():
+            teacher = check_distillation(self.config, self.folder, self._example)
+            if self.distill["cache"]:
+                check_cache(self.data.train_dataloader())
         path = self.folder / "config.yaml"
         text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
         if not path.exists():
@@ -146,6 +154,8 @@ class Run:
             raise ConfigError(
                 f"{self.folder} holds a run with another configuration. Continue it with resume={self.folder}."
             )
+        if teacher is not None:
+            remember_teacher(self.folder, teacher)
         for number, name in enumerate(self.STAGES, 1):
             done = self.folder / "stages" / f"{name}.json"
             head = f"[bold]{number}/{len(self.STAGES)} {name}[/]"
@@ -171,7 +181,11 @@ class Run:
         return self._fit("float", module, self.float_budget)
 
     def _control(self) -> dict[str, Any]:
-        """More float training with the very budget of the quantized training: length, learning rate, batches."""
+        """More float training with the very budget of the quantized training: length, learning rate, batches.
+
+        A teacher from elsewhere teaches the control too (and the float model before it). A run's own float model does
+        not: the control starts as that model, and would only be held where it is.
+        """
         module = self._module(None, self.schedule["learning_rate"])
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "float"))
@@ -261,11 +275,14 @@ class Run:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def _module(self, recipe: Mapping[str, Any] | None, learning_rate: float) -> QuantizedTraining:
-        config = self.config
+        config, teacher = self.config, self.distill["teacher"]
+        distilled = teacher is not None and (teacher != OWN or recipe is not None)
         return QuantizedTraining(
             config["model"],
             recipe=recipe,
-            example_inputs=None if recipe is None else self._example,
+            example_inputs=self._example if recipe is not None or distilled else None,
+            distill=options(self.distill) if distilled else None,
+            teacher=load_teacher(config, self.folder, self._example) if distilled else None,
             loss=config["loss"],
             optimizer=dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate),
             scheduler=config["scheduler"],
@@ -328,7 +345,9 @@ class Run:
             with warnings.catch_warnings():
                 # Lightning 2.6.6 makes a LeafSpec, which torch 2.13 deprecates; a user can do nothing about it.
                 warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-                trainer.fit(module, datamodule=self.data, ckpt_path=last if last.exists() else None, weights_only=True)
+                resumed = last if last.exists() else None
+                with self._kept_outputs(module):
+                    trainer.fit(module, datamodule=self.data, ckpt_path=resumed, weights_only=True)
         except SystemExit as stop:  # Lightning leaves this way on Ctrl-C
             if trainer.interrupted:
                 raise KeyboardInterrupt from stop
@@ -340,6 +359,12 @@ class Run:
         logged = trainer.callback_metrics.items()
         length = {name.removeprefix("max_"): value for name, value in budget.items()}
         return length | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
+
+    def _kept_outputs(self, module: QuantizedTraining) -> contextlib.AbstractContextManager[Any]:
+        """Where ``distill.cache`` asks for it, batches that hold what the teacher computes."""
+        if module.distiller is None or not self.distill["cache"]:
+            return contextlib.nullcontext()
+        return taught(self.data, module.distiller, self.distill["cache"], self.folder, self.device)
 
     def _loggers(self, folder: Path) -> list[Logger]:
         wanted = self.config["logger"]

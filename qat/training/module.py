@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -14,7 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
 from qat.compression.channels import take_shapes
+from qat.compression.distillation import Distillation, Distiller
 from qat.compression.pruning import Pruning, attach
+from qat.compression.teacher_outputs import Taught
 from qat.errors import ConfigError
 from qat.tracing import uncompiled
 from qat.training.build import build, plain
@@ -74,6 +75,10 @@ class QuantizedTraining(L.LightningModule):
             network runs uncompiled. What it compiles to is no part of the network: copies, checkpoints and ``convert``
             see the same modules as ever.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
+        distill: options of `qat.Distillation`, or None. ``train_loss`` is then the combined one, and its parts are
+            logged too; validation and testing measure ``loss`` alone.
+        teacher: whom the network learns from. It is in no checkpoint: pass it again where training goes on; to validate
+            or test it is not needed.
 
     Batches: (inputs, target), inputs being a tensor, a tuple of arguments or a dict of keyword arguments; or one dict.
     """
@@ -93,13 +98,19 @@ class QuantizedTraining(L.LightningModule):
         target_key: str = "labels",
         seed: int = 0,
         compile: Mapping[str, Any] | None = None,
+        distill: Mapping[str, Any] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if distill is not None:
+            distill = Distillation.from_dict(plain(distill, "distill")).to_dict()
+        elif teacher is not None:
+            raise ConfigError("A teacher needs a distillation: give distill=, such as {'temperature': 2.0}.")
         options: dict[str, Any] = {
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
             "prune": prune, "pruned_shapes": pruned_shapes or {}, "scale_lr_factor": scale_lr_factor,
-            "target_key": target_key, "seed": seed, "compile": compile,
+            "target_key": target_key, "seed": seed, "compile": compile, "distill": distill,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -110,6 +121,9 @@ class QuantizedTraining(L.LightningModule):
             {name: build(config, f"metrics.{name}") for name, config in self.hparams["metrics"].items()}
         )
         self.val_metrics, self.test_metrics = collection.clone(prefix="val_"), collection.clone(prefix="test_")
+        self.distiller: Distiller | None = None
+        # In a tuple, because an attribute that is a module becomes a submodule: trained, and in every state dict.
+        self._teacher: tuple[nn.Module | None] = (teacher,)
         self._configured = False
 
     def configure_model(self) -> None:
@@ -120,6 +134,14 @@ class QuantizedTraining(L.LightningModule):
         if not isinstance(network, nn.Module):
             raise ConfigError(f"network builds a {type(network).__name__}, not an nn.Module.")
         network = take_shapes(network, self.hparams["pruned_shapes"])
+        [teacher] = self._teacher
+        if teacher is not None:
+            # Before the swap: the float network can be run on example inputs, a prepared one has no ranges yet.
+            example_inputs = zeros(self.hparams["example_inputs"])
+            self.distiller = Distiller(
+                self.hparams["distill"], teacher, network, example_inputs, seed=self.hparams["seed"]
+            )
+            self._teacher = (None,)  # the distiller has it, and may release it
         if self.hparams["recipe"] is not None:
             import qat
 
@@ -129,17 +151,26 @@ class QuantizedTraining(L.LightningModule):
             pruning = Pruning.from_dict(self.hparams["prune"])
             if pruning.masks:
                 attach(network, pruning)
+            if self.distiller is not None:
+                self.distiller.check(network)
         if self.hparams["compile"] is not None:
             network.compile(**self.hparams["compile"])
         self.network = network
         self._configured = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Without a teacher, the projections of a distillation have no place and no use."""
+        if self.distiller is None:
+            state = checkpoint["state_dict"]
+            for name in [name for name in state if name.startswith("distiller.")]:
+                del state[name]
 
     @property
     def quantized_network(self) -> nn.Module | None:
         """The network; prepared, if there is a recipe, once ``configure_model`` has run."""
         return self.network
 
-    @contextmanager
+    @contextlib.contextmanager
     def feeding(self, batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
         """The network's inputs in these batches, for `qat.calibrate` and the like."""
         yield (self.split(batch)[0] for batch in batches)
@@ -153,7 +184,7 @@ class QuantizedTraining(L.LightningModule):
             return {name: value for name, value in batch.items() if name != key}, batch[key]
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError("A batch must be (inputs, target) or a dict that holds the target.")
-        return batch[0], batch[1]
+        return batch[0], batch[1].target if isinstance(batch[1], Taught) else batch[1]
 
     def forward(self, inputs: Any) -> Any:
         """The network's output; ``.logits`` of it where it has some (models of the transformers library)."""
@@ -162,14 +193,32 @@ class QuantizedTraining(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.split(batch)
         with uncompiled() if self.observing() else contextlib.nullcontext():
-            output = self(inputs)
-        loss: Tensor = self.loss(output, target)
+            if self.hparams["distill"] is None:
+                loss: Tensor = self.loss(self(inputs), target)
+            else:
+                loss = self._taught_loss(inputs, target, batch)
         self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
     def observing(self) -> bool:
         """Whether a compiled network must run uncompiled now, because some quantizer follows what it sees."""
         return self.hparams["compile"] is not None and any(getattr(m, "observing", False) for m in self.modules())
+
+    def _taught_loss(self, inputs: Any, target: Any, batch: Any) -> Tensor:
+        """The loss against the labels and the teacher."""
+        if self.distiller is None:
+            raise ConfigError(
+                "This module learns from a teacher, which no checkpoint holds: pass teacher= to train it, or "
+                "distill=None to train it on the labels alone."
+            )
+        with self.distiller.watching(cast(nn.Module, self.network)) as said:
+            output = self(inputs)
+        known = isinstance(batch, tuple | list) and isinstance(batch[1], Taught)
+        told = batch[1].told if known else self.distiller.ask(inputs)
+        parts = self.distiller.losses(output, said, told, target, getattr(self.loss, "ignore_index", None))
+        task: Tensor = self.loss(output, target)
+        self.log_dict({f"train_{name}_loss": part for name, part in {"task": task, **parts}.items()}, on_epoch=False)
+        return self.distiller.combine(task, parts)
 
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)
@@ -189,9 +238,10 @@ class QuantizedTraining(L.LightningModule):
         torch.manual_seed(stream_seed(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
 
     def configure_optimizers(self) -> Any:
-        optimizer = build(
-            self.hparams["optimizer"], "optimizer", params=parameter_groups(cast(nn.Module, self.network))
-        )
+        learners = cast(nn.Module, self.network)
+        if self.distiller is not None:
+            learners = nn.ModuleList([learners, self.distiller])
+        optimizer = build(self.hparams["optimizer"], "optimizer", params=parameter_groups(learners))
         for group in optimizer.param_groups:
             if group["role"] == "scales":
                 group["lr"] *= self.hparams["scale_lr_factor"]

@@ -31,6 +31,7 @@ def composed(*overrides, name="config"):
 def test_every_choice_composes_and_builds(choice):
     extra = ["data.dataset=nowhere", "data.num_classes=7"] if choice == "data=images" else []
     extra += ["data=cifar10"] if choice == "model=cnn" else []
+    extra += ["distill.teacher=float"] if choice == "experiment=digits_student" else []
     config = run_config(composed(choice, *extra))
     run = Run(config, Path("unused"))
     assert run.extra_budget.keys() <= {"max_epochs", "max_steps"}
