@@ -150,8 +150,11 @@ class QuantizedModule(nn.Module):
         if weight_quantizer is None and plan.weight is not None:
             weight_quantizer = make_quantizer(plan.weight, adopted.weight_matrix().shape)
         adopted.weight_quantizer = weight_quantizer
-        adopted.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
-        adopted.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
+        adopted.input_quantizer = adopted.output_quantizer = None
+        if plan.input is not None and not plan.chained:
+            adopted.input_quantizer = make_quantizer(plan.input, channels=adopted.channels("input"))
+        if plan.output is not None:
+            adopted.output_quantizer = make_quantizer(plan.output, channels=adopted.channels("output"))
         if adopted.input_quantizer is not None and plan.absorbs:
             adopted.input_quantizer.absorb(*plan.absorbs)
         if adopted.output_quantizer is not None and plan.output_absorbs:
@@ -166,6 +169,10 @@ class QuantizedModule(nn.Module):
                 if device is not None:
                     quantizer.to(device)
         return adopted
+
+    def channels(self, role: str) -> tuple[int, ...]:
+        """The shape in which one number for each channel of the ``input`` or ``output`` broadcasts; () if unknown."""
+        return ()
 
     def device(self) -> torch.device | None:
         """Where this module's weight lives; None if it has none."""

@@ -25,6 +25,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     replaces = nn.Linear
 
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.in_features if role == "input" else self.out_features,)
+
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
         if self._one_row and self._is_one_row(x):

@@ -19,7 +19,7 @@ from qat.kernels import ste
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.observers import make_observer
+from qat.quantizers.observers import ChannelMomentsObserver, make_observer
 
 
 class Quantizer(nn.Module):
@@ -154,9 +154,9 @@ class StaticQuantizer(Quantizer):
     zero_point: Tensor | None
     range_frozen: Tensor
 
-    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> None:
         super().__init__(spec, shape)
-        self.observer = make_observer(spec, shape)
+        self.observer = make_observer(spec, shape, channels)
         size = self.observer.low.shape
         self.register_buffer("scale", torch.full(size, torch.nan))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
@@ -254,15 +254,20 @@ class StaticQuantizer(Quantizer):
 
 
 class FrozenQuantizer(Quantizer):
-    """A scale and a zero point that will not change: what is left of any calibrated quantizer after ``convert``."""
+    """A scale and a zero point that will not change: what is left of any calibrated quantizer after ``convert``.
+
+    ``threshold`` is what is subtracted first (``rsign``), in the shape in which it broadcasts; else None.
+    """
 
     scale: Tensor
     zero_point: Tensor | None
+    threshold: Tensor | None
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
+        self.register_buffer("threshold", None)
         self._zero_point: int | None = None if self.zero_point is None else 0
 
     @classmethod
@@ -272,6 +277,8 @@ class FrozenQuantizer(Quantizer):
         frozen.name, frozen.floor, frozen.ceiling = source.name, source.floor, source.ceiling
         frozen.training = source.training
         frozen.scale = scale.clone()
+        if isinstance(source, ThresholdQuantizer):
+            frozen.threshold = source.threshold(scale).detach().clone()
         if frozen.zero_point is not None:
             frozen.zero_point = torch.as_tensor(zero_point or 0, dtype=torch.int32, device=scale.device)
         frozen.loaded()
@@ -285,6 +292,8 @@ class FrozenQuantizer(Quantizer):
         return self.scale, self._zero_point
 
     def quantize(self, x: Tensor) -> QuantizedTensor:
+        if self.threshold is not None:
+            return ste.quantize_above(x, self.threshold, self.scale, ste.Grid(self.spec))
         return ste.quantize(x, self.scale, self._zero_point, self.grid())
 
 
@@ -301,8 +310,8 @@ class LearnedQuantizer(StaticQuantizer):
     log_scale: nn.Parameter
     offset: nn.Parameter | None
 
-    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
-        super().__init__(spec, shape)
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> None:
+        super().__init__(spec, shape, channels)
         if spec.scale_dtype != "float32" or spec.power_of_two:
             raise SpecError("a learned scale is free: leave out scale_dtype and power_of_two")
         size = self.scale.shape
@@ -341,7 +350,13 @@ class LearnedQuantizer(StaticQuantizer):
             return scale, int(zero_point) if zero_point.dim() == 0 else zero_point.to(torch.int32)
         return scale, 0 if self.zero_point is not None else None
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
+    def start(self, x: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Scale and zero point as they are now, from the observer's start where training has not begun.
+
+        Raises:
+            NotCalibratedError: there is nothing to start from.
+            CalibrationError: training has made the scale 0, infinite or NaN.
+        """
         if self.observing and not self._calibrated:
             self.observe(x)
         if not self._calibrated:
@@ -355,24 +370,72 @@ class LearnedQuantizer(StaticQuantizer):
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
                                    "rate")
-        per_scale = x.numel() / max(1, scale.numel())
+        return scale, zero_point
+
+    def gradient_factor(self, x: Tensor, sharing: int) -> float:
+        """LSQ's ``1 / sqrt(values for each of the ``sharing`` learned numbers * greatest code)``."""
+        values = x.numel() / max(1, sharing)
         if not self.is_weight and x.dim() > 0:
-            per_scale /= max(1, x.shape[0])
-        top = max(abs(self.spec.fmt.lo), self.spec.fmt.hi)
-        grid = self.grid(learned=self.spec.learned, scale_gradient=1.0 / math.sqrt(max(1.0, per_scale) * top))
+            values /= max(1, x.shape[0])
+        return 1.0 / math.sqrt(max(1.0, values) * max(1, self.spec.fmt.hi))
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        scale, zero_point = self.start(x)
+        grid = self.grid(learned=self.spec.learned, scale_gradient=self.gradient_factor(x, scale.numel()))
         return ste.quantize(x, scale, zero_point, grid, self.offset)
 
 
-def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None) -> Quantizer:
+class ThresholdQuantizer(LearnedQuantizer):
+    """Binary activations that learn where each channel changes sign: ``sign(x - threshold) * scale``.
+
+    This is the RSign of ReActNet (Liu et al. 2020) with a scale. After a ReLU, the sign of ``x`` itself is constant and
+    carries nothing; here the threshold starts at the channel's mean, inside the positive range. A ReLU (or another
+    clamp) in front that is absorbed is dropped altogether: behind a threshold inside its range it decides no sign, and
+    without it the values that it cuts off go on learning.
+
+    Parameters:
+        log_scale: as in :class:`LearnedQuantizer`.
+        channel_threshold: the thresholds in units of the scale, so that one learning rate suits inputs of any size;
+            in the shape ``channels``.
+    """
+
+    observer: ChannelMomentsObserver
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> None:
+        super().__init__(spec, shape, channels)
+        self.channel_threshold = nn.Parameter(torch.zeros(channels))
+
+    def threshold(self, scale: Tensor) -> Tensor:
+        """The thresholds in units of the input, float32 (differentiable)."""
+        return self.channel_threshold.float() * scale
+
+    def settle(self) -> None:
+        super().settle()
+        if self._calibrated:
+            with torch.no_grad():
+                self.channel_threshold.copy_(self.observer.means() / self.scale)
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        scale, _ = self.start(x)
+        grid = ste.Grid(self.spec, learned="lsq", scale_gradient=self.gradient_factor(x, 1))
+        slow = self.gradient_factor(x, self.channel_threshold.numel())
+        return ste.quantize_above(x, ste.scaled_gradient(self.threshold(scale), slow), scale, grid)
+
+
+def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> Quantizer:
     """The quantizer a spec asks for.
 
     Args:
         spec: as written in a recipe; defaults are filled in here.
         shape: shape of the weight (output channels first); None for an activation.
+        channels: of an activation: the shape in which one number for each channel broadcasts against it, such as
+            (in, 1, 1) for the input of a two-dimensional convolution; () where its channels are not known.
 
     Weights with ``observer: minmax`` follow their weight at every step; other observers are searched when observing.
     """
     spec = spec.for_weight() if shape is not None else spec.for_activation()
+    if spec.learned == "rsign":
+        return ThresholdQuantizer(spec, None, channels)
     if spec.learned:
         return LearnedQuantizer(spec, shape)
     if spec.dynamic or (shape is not None and spec.observer in ("minmax", "moving_average")):
