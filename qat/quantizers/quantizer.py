@@ -377,7 +377,7 @@ class LearnedQuantizer(StaticQuantizer):
         values = x.numel() / max(1, sharing)
         if not self.is_weight and x.dim() > 0:
             values /= max(1, x.shape[0])
-        return 1.0 / math.sqrt(max(1.0, values) * max(1, self.spec.fmt.hi))
+        return 1.0 / math.sqrt(max(1.0, values) * max(abs(self.spec.fmt.lo), self.spec.fmt.hi))
 
     def quantize(self, x: Tensor) -> QuantizedTensor:
         scale, zero_point = self.start(x)
