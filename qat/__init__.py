@@ -9,7 +9,14 @@
 """
 
 from qat import errors
-from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
+from qat.calibration import (
+    calibrate,
+    freeze_batch_norm,
+    freeze_ranges,
+    reestimate_batch_norm,
+    set_observing,
+    set_rung,
+)
 from qat.deploy import Certificate, convert, load, save
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat
@@ -21,4 +28,4 @@ from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
 __all__ = ["Add", "Certificate", "Concat", "Coverage", "FakeQuantize", "QuantizationError", "QuantizedTensor", "Recipe",
            "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
-           "is_prepared", "load", "prepare", "reestimate_batch_norm", "save", "set_observing"]
+           "is_prepared", "load", "prepare", "reestimate_batch_norm", "save", "set_observing", "set_rung"]

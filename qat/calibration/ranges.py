@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ def activation_quantizers(model: nn.Module) -> list[Quantizer]:
     return [q for q in found if q is not None]
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
+              only: Collection[Quantizer] | None = None) -> nn.Module:
     """Set every static range from data; learned scales get their start from it.
 
     The model runs in floating point, in eval, without gradients; its own mode comes back afterwards. Ranges start
@@ -34,6 +35,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
         model: a prepared model; changed in place, and returned.
         batches: any iterable of inputs (a tensor, a tuple of arguments, or a dict of keyword arguments each).
         ignore_nonfinite: leave batches out that make NaN or infinity, with a warning, instead of raising.
+        only: the quantizers whose ranges are set; the others stay as they are. None: all.
 
     Raises:
         CalibrationError: no batch at all; NaN or infinity (the message names layer and batch).
@@ -42,7 +44,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
         raise ConvertError("this model is deployed: its ranges are frozen; calibrate the prepared model")
-    quantizers = [q for q in activation_quantizers(model) if isinstance(q, StaticQuantizer)]
+    chosen = None if only is None else {id(q) for q in only}
+    quantizers = [q for q in activation_quantizers(model)
+                  if isinstance(q, StaticQuantizer) and (chosen is None or id(q) in chosen)]
     before = [(q, q.observing, {k: v.clone() for k, v in q.state_dict().items()}) for q in quantizers]
     for q in quantizers:
         if not q.frozen:
@@ -75,7 +79,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
             q.observing = observing
     for module in modules.values():
         weights = module.weight_quantizer
-        if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
+        if (isinstance(weights, StaticQuantizer) and module.plan.tied_to is None
+                and (chosen is None or id(weights) in chosen)):
             weights.restart()
             with torch.no_grad():
                 weights.quantize(module.weight_matrix())

@@ -12,6 +12,8 @@ import qat
 from qat.errors import ConfigError, nearest
 from qat.training.build import allow_targets, check, check_arguments, plain
 from qat.training.callbacks import QuantizationSchedule
+from qat.training.ladder import phases
+from qat.training.oscillation import Oscillations
 
 # What describes the run, and is stored with it ...
 STORED = (
@@ -40,10 +42,13 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_keys(values, STORED + OF_THE_CALL, "")
     check_keys(
         values["schedule"],
-        ("epochs", "learning_rate", "scale_learning_rate", "calibration_batches", "phases"),
+        ("epochs", "learning_rate", "weight_decay", "scale_learning_rate", "calibration_batches", "phases", "ladder",
+         "oscillation"),
         "schedule.",
-    )
+    )  # fmt: skip
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
+    check_arguments(Oscillations, list(values["schedule"].get("oscillation") or {}), "schedule.oscillation")
+    phases(values["schedule"])
     check_keys(values["checkpoint"], ("every_n_steps", "monitor", "mode"), "checkpoint.")
     check_keys(values["early_stopping"], ("monitor", "patience", "mode", "min_delta"), "early_stopping.")
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")

@@ -40,8 +40,8 @@ from qat.pipeline.evaluation import MODELS, first_example, load_model, measure, 
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.reporting import Results, read_csv, report
 from qat.training.build import build, check_arguments
-from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import ClassificationData, stream_seed
+from qat.training.ladder import phases
 from qat.training.module import QuantizedTraining
 
 
@@ -129,11 +129,11 @@ class Run:
         return {"batches": self.schedule["calibration_batches"]}
 
     def _qat(self) -> dict[str, Any]:
-        module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"])
+        decay = self.schedule.get("weight_decay", 1.0)
+        module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"], decay)
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
-        phases = QuantizationSchedule(calibration_batches=0, **self.schedule["phases"])
-        return self._fit("qat", module, self.extra_epochs, phases)
+        return self._fit("qat", module, self.extra_epochs, *phases(self.schedule))
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load("qat").to(self.device)
@@ -189,14 +189,20 @@ class Run:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def _module(self, recipe: Mapping[str, Any] | None, learning_rate: float) -> QuantizedTraining:
+    def _module(
+        self, recipe: Mapping[str, Any] | None, learning_rate: float, weight_decay: float = 1.0
+    ) -> QuantizedTraining:
+        """What trains a network; learning rate and weight decay are multiples of the optimizer's."""
         config = self.config
+        optimizer = dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate)
+        if "weight_decay" in optimizer:
+            optimizer["weight_decay"] *= weight_decay
         return QuantizedTraining(
             config["model"],
             recipe=recipe,
             example_inputs=None if recipe is None else self._example,
             loss=config["loss"],
-            optimizer=dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate),
+            optimizer=optimizer,
             scheduler=config["scheduler"],
             metrics=config["metrics"],
             scale_lr_factor=self.schedule["scale_learning_rate"],

@@ -185,7 +185,12 @@ class ChannelMomentsObserver(Observer):
         return not self.empty and not bool((self.variances() > 1e-12 * self.squares / self.count).any())
 
     def qparams(self) -> tuple[Tensor, Tensor | None]:
-        """The mean distance from the channel's mean, were the values normally distributed."""
+        """The mean distance from the channel's mean, were the values normally distributed.
+
+        On a wider grid, where a ladder of bit widths begins, the range of everything.
+        """
+        if self.spec.fmt.grid != "sign":
+            return super().qparams()
         spread = self.variances().mean() * (2 / math.pi)
         return affine.round_scale(spread.sqrt().float(), self.spec), None
 

@@ -30,6 +30,8 @@ class Quantizer(nn.Module):
         shape: shape of the weight; None for an activation.
 
     Attributes:
+        own: the spec of the recipe. ``spec``, the one at work, differs from it on a higher rung of a ladder of bit
+            widths only.
         name: dotted name in the model, for messages.
         observing: whether ranges move. Set by ``calibrate`` and the schedule; independent of ``train()``/``eval()``.
         floor, ceiling: clamp of an absorbed activation function (ReLU: 0 and None).
@@ -39,7 +41,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = self.own = spec
         self.shape = shape
         self.name = ""
         self.observing = False
@@ -62,6 +64,21 @@ class Quantizer(nn.Module):
     def clamp(self, x: Tensor) -> Tensor:
         """The absorbed activation function alone, in floating point."""
         return x if self.floor is None and self.ceiling is None else x.clamp(self.floor, self.ceiling)
+
+    def work_at(self, bits: int | None, afresh: bool = True) -> bool:
+        """Work with at least ``bits`` bits for now (a rung of a ladder of bit widths); None: with the spec's own.
+
+        The tensors of the state keep their names and shapes, so a checkpoint of any rung loads.
+
+        Args:
+            afresh: forget the range, which belongs to another grid; False where it was loaded for this rung.
+
+        Returns:
+            Whether the grid is another now.
+        """
+        spec = self.own if bits is None else widened(self.own, bits, self.is_weight, self.floor == 0.0)
+        changed, self.spec = spec != self.spec, spec
+        return changed
 
     def observe(self, x: Tensor) -> None:
         """Take ``x`` into account for the range."""
@@ -209,9 +226,36 @@ class StaticQuantizer(Quantizer):
 
     def restart(self) -> None:
         if self.is_weight:
-            self.observer.reset()
-            self.scale.fill_(torch.nan)
-            self._calibrated = False
+            self.forget()
+
+    def forget(self) -> None:
+        """Be as before any range was known."""
+        self.observer.reset()
+        self.scale.fill_(torch.nan)
+        self._calibrated = False
+
+    def work_at(self, bits: int | None, afresh: bool = True) -> bool:
+        """As for every quantizer.
+
+        Raises:
+            CalibrationError: the range is frozen, so it cannot be found anew.
+        """
+        before = self.spec
+        if not super().work_at(bits, afresh):
+            return False
+        if afresh and self.frozen:
+            self.spec = before
+            raise CalibrationError(f"{self.name or 'quantizer'}: its range is frozen, so its bits stay as they are; "
+                                   "freeze ranges after the last rung of the ladder")
+        self.follow_spec()
+        if afresh:
+            self.forget()
+        return True
+
+    def follow_spec(self) -> None:
+        """Have an observer for another spec with the same buffers."""
+        kept, self.observer = self.observer, make_observer(self.spec, self.shape).to(self.scale.device)
+        self.observer.load_state_dict(kept.state_dict())
 
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """The codes of ``x``.
@@ -331,11 +375,10 @@ class LearnedQuantizer(StaticQuantizer):
         super().loaded()
         self._fixed_zero_point = None
 
-    def restart(self) -> None:
-        super().restart()
-        if self.is_weight:
-            with torch.no_grad():
-                self.log_scale.fill_(torch.nan)
+    def forget(self) -> None:
+        super().forget()
+        with torch.no_grad():
+            self.log_scale.fill_(torch.nan)
 
     def present(self) -> tuple[Tensor, Tensor | int | None]:
         """Scale (differentiable) and zero point as they are now.
@@ -411,15 +454,49 @@ class ThresholdQuantizer(LearnedQuantizer):
 
     def settle(self) -> None:
         super().settle()
-        if self._calibrated:
+        if self._calibrated and self.spec.fmt.grid == "sign":
             with torch.no_grad():
                 self.channel_threshold.copy_(self.observer.means() / self.scale)
 
+    def follow_spec(self) -> None:
+        self.observer.spec = self.spec
+
     def quantize(self, x: Tensor) -> QuantizedTensor:
+        if self.spec.fmt.grid != "sign":  # a higher rung of a ladder
+            return super().quantize(x)
         scale, _ = self.start(x)
         grid = ste.Grid(self.spec, learned="lsq", scale_gradient=self.gradient_factor(x, 1))
         slow = self.gradient_factor(x, self.channel_threshold.numel())
         return ste.quantize_above(x, ste.scaled_gradient(self.threshold(scale), slow), scale, grid)
+
+
+def widened(spec: TensorSpec, bits: int, weight: bool, positive: bool) -> TensorSpec:
+    """``spec`` with at least ``bits`` bits: the grid of a higher rung that is nearest to its own.
+
+    Args:
+        weight: whether it is a weight's.
+        positive: whether no value is negative (behind an absorbed ReLU).
+
+    >>> widened(TensorSpec("binary", learned="rsign"), 4, weight=False, positive=True).format
+    'uint4'
+
+    Raises:
+        SpecError: no grid has so many bits.
+    """
+    fmt = spec.fmt
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise SpecError(f"a rung has 1 to 8 bits, not {bits!r}")
+    if bits <= fmt.bits:
+        return spec
+    name = f"int{bits}"
+    if fmt.grid == "midrise" or (fmt.grid == "sign" and weight):
+        name = f"{name}_midrise" if bits <= (4 if fmt.grid == "midrise" else 2) else name
+    if not fmt.signed or (positive and not weight):
+        name = f"u{name}"
+    observer = spec.observer
+    if not weight and (fmt.grid == "sign" or (fmt.name == "ternary" and observer != "mse")):
+        observer = "minmax"  # these grids keep no histogram, so their wider forms have none either
+    return spec.replace(format=name, observer=observer, learned="lsq" if spec.learned == "rsign" else spec.learned)
 
 
 def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> Quantizer:

@@ -3,11 +3,15 @@
 from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
+from qat.training.ladder import Ladder
 from qat.training.module import QuantizedTraining, WarmupCosine
+from qat.training.oscillation import Oscillations
 
 __all__ = [
     "DigitsDataModule",
     "ImageDataModule",
+    "Ladder",
+    "Oscillations",
     "QuantizationSchedule",
     "QuantizedTraining",
     "ResumableLoader",
