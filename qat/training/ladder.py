@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 
 import qat
 from qat.errors import ConfigError, SpecError, nearest
 from qat.numerics.formats import TensorSpec
 from qat.quantizers.quantizer import widened
 from qat.training.callbacks import QuantizationSchedule, _inputs, _network
+from qat.training.data import stream_seed
 from qat.training.oscillation import Oscillations
 
 
@@ -76,20 +78,22 @@ class Ladder(L.Callback):
             if isinstance(callback, QuantizationSchedule):
                 self.check_beside(callback)
         self._restore(trainer, pl_module)
-        self._enter(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(trainer, pl_module)
+        """Step down to the rung of this step, if it is another one.
 
-    def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Step down to the rung of this step, if it is another one."""
+        Here and not when training starts: there, a resumed loader stands before this step's batch, here behind it as
+        in an unbroken run. For loaders that shuffle by the global generator it is seeded from the step.
+        """
         progress = trainer.global_step / self.total_steps
         rung = sum(progress >= rung["until"] for rung in self.rungs)
         if rung != self.rung:
-            inputs = _inputs(trainer, pl_module, self.batches)
-            qat.set_rung(_network(pl_module), inputs, **self.bits(rung))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream_seed(trainer.global_step))
+                inputs = _inputs(trainer, pl_module, self.batches)
+                qat.set_rung(_network(pl_module), inputs, **self.bits(rung))
             self.rung = rung
 
     def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
