@@ -59,7 +59,7 @@ def test_bits_that_no_grid_has(bits: Any) -> None:
     assert same(state(model), before)
 
 
-@pytest.mark.parametrize("preset", [n for n in PRESETS if n not in ("fp16", "bf16")])
+@pytest.mark.parametrize("preset", [n for n in PRESETS if n not in ("fp16", "bf16", "w8a16", "mixed_w8a8_bf16")])
 def test_every_rung_of_every_preset(preset: str) -> None:
     """Names and shapes of the state are those of the recipe's own widths; codes fit the rung; the end deploys."""
     x = torch.randn(16, 3, 8, 8)
@@ -195,4 +195,4 @@ def test_every_format_has_a_wider_form_with_the_same_state() -> None:
                     q.work_at(8)
                     assert {k: v.shape for k, v in q.state_dict().items()} == before, (name, observer, learned, shape)
                     q.observe(x) if shape is None else None
-                    assert float((q(x) - x).abs().max()) < 0.1
+                    assert float((q(x).detach() - x).abs().max()) < 0.1
