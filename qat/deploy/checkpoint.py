@@ -264,6 +264,8 @@ def _check_codes(name: str, module: QuantizedModule) -> None:
             scale, zero_point, fmt = quantizer.scale, quantizer.zero_point, quantizer.spec.fmt
             if scale.numel() != 1 or not math.isfinite(float(scale)) or float(scale) <= 0:
                 raise CheckpointError(f"{name}.{role}.scale must be one positive number")
+            if quantizer.threshold is not None and not bool(torch.isfinite(quantizer.threshold).all()):
+                raise CheckpointError(f"{name}.{role}.threshold is not finite")
             if zero_point is not None and not fmt.lo <= int(zero_point) <= fmt.hi:
                 raise CheckpointError(f"{name}.{role}.zero_point {int(zero_point)} is outside of {fmt.lo}..{fmt.hi}")
 

@@ -69,6 +69,9 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):  # type: ignore[misc]
     replaces = nn.Embedding
     takes_input_spec = False
 
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.embedding_dim,) if role == "output" else ()
+
     def forward(self, input: Tensor) -> Any:
         indices = input
         if self.calibrating or self.plan.weight is None:

@@ -467,7 +467,11 @@ class ThresholdQuantizer(LearnedQuantizer):
         scale, _ = self.start(x)
         grid = ste.Grid(self.spec, learned="lsq", scale_gradient=self.gradient_factor(x, 1))
         slow = self.gradient_factor(x, self.channel_threshold.numel())
-        return ste.quantize_above(x, ste.scaled_gradient(self.threshold(scale), slow), scale, grid)
+        threshold = ste.scaled_gradient(self.threshold(scale), slow)
+        if not bool(torch.isfinite(threshold).all()):
+            raise CalibrationError(f"{self.name}: a learned threshold has become infinite or NaN; lower its learning "
+                                   "rate")
+        return ste.quantize_above(x, threshold, scale, grid)
 
 
 def widened(spec: TensorSpec, bits: int, weight: bool, positive: bool) -> TensorSpec:

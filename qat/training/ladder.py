@@ -129,6 +129,7 @@ def phases(schedule: Mapping[str, Any]) -> list[L.Callback]:
         ladder = Ladder(rungs, schedule["calibration_batches"])
         ladder.check_beside(following)
         callbacks.insert(0, ladder)  # in front: ranges that are observed and frozen are those of the rung that holds
-    if options := schedule.get("oscillation"):
-        callbacks.append(Oscillations(**options))
+    oscillations = Oscillations(**schedule.get("oscillation") or {})
+    if oscillations.active:
+        callbacks.append(oscillations)
     return callbacks

@@ -61,6 +61,11 @@ class Oscillations(L.Callback):
         self.history = state_dict["history"]
 
     @property
+    def active(self) -> bool:
+        """Whether anything is to be done at all."""
+        return bool(self.dampening) or self.freeze_above is not None
+
+    @property
     def frozen(self) -> int:
         """How many weights are held."""
         return sum(int(state["frozen"].sum()) for state in self.history.values())

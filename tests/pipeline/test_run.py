@@ -90,3 +90,18 @@ def test_layers_without_batch_norm_and_dynamic_ranges_are_equal_too(tmp_path):
     assert results.bit_equal is True
     deployed = qat.load(tmp_path / "deployed", torch.nn.Sequential(*make(tmp_path, "model=mlp")._load("float")))
     assert not any(parameter.is_floating_point() and parameter.ndim == 2 for parameter in deployed.parameters())
+
+
+def test_a_run_on_the_ladder(tmp_path):
+    """It goes down to the recipe's own bits, deploys them, and trains with the weight decay of its schedule."""
+    run = make(tmp_path, "model=mlp", "recipe=w2a2", "schedule=ladder", "schedule.oscillation.dampening=0.01")
+    assert run.execute().bit_equal
+    control, quantized = (
+        torch.load(tmp_path / stage / "checkpoints" / "last.ckpt", weights_only=True) for stage in ("control", "qat")
+    )
+    assert quantized["callbacks"]["Ladder"] == {"rung": 3}
+    assert "Oscillations" in quantized["callbacks"]
+    decays = [c["hyper_parameters"]["optimizer"]["weight_decay"] for c in (control, quantized)]
+    assert decays == [0.01, 0.0025]
+    plan = json.loads((tmp_path / "deployed" / "manifest.json").read_text())["plan"]["layers"]
+    assert {layer["weight"]["format"] for layer in plan.values()} == {"int8", "int2_midrise"}

@@ -144,6 +144,29 @@ def test_thresholds_survive_state_dicts_and_checkpoints(tmp_path: Path) -> None:
     assert [tuple(q.threshold.shape) for q in frozen] == [(2, 1, 1), (4, 1, 1), (45,)]
 
 
+def test_thresholds_and_what_was_seen_keep_their_precision() -> None:
+    """A count of 100,000 does not fit float16."""
+    fake = qat.FakeQuantize(RSIGN)
+    fake(torch.randn(100_000) + 3.0)
+    fake.half()
+    q = fake.quantizer
+    assert float(q.observer.count) == 100_000
+    assert q.observer.total.dtype == torch.float64
+    assert q.channel_threshold.dtype == torch.float32
+    histogram = qat.FakeQuantize({"format": "int8", "observer": "percentile"})
+    histogram(torch.randn(100_000))
+    assert float(histogram.half().quantizer.observer.histogram.sum()) == 100_000
+
+
+def test_a_threshold_that_diverges_is_an_error() -> None:
+    q = quantizer((3,), torch.randn(5, 3))
+    q.name = "head.input"
+    with torch.no_grad():
+        q.channel_threshold[1] = float("nan")
+    with pytest.raises(qat.QuantizationError, match=r"head\.input.*learned threshold"):
+        q(torch.randn(2, 3))
+
+
 def test_an_input_that_says_nothing_is_warned_of() -> None:
     model = qat.prepare(nn.Sequential(nn.Linear(4, 3)), zoo.every_layer("int8", RSIGN))
     with pytest.warns(UserWarning, match=r"never change sign.*0\.input"):
