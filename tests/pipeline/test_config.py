@@ -117,7 +117,9 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
 
 @pytest.mark.parametrize("order", [("recipe=w1a1", "schedule=ladder"), ("schedule=ladder", "recipe=w1a1")])
 def test_a_schedule_on_the_command_line_replaces_the_recipe_s(order):
-    assert [rung.get("input") for rung in run_config(composed("recipe=w1a1"))["schedule"]["ladder"]] == [None]
+    assert run_config(composed("recipe=w1a1"))["schedule"]["ladder"] == []
+    two_steps = run_config(composed("recipe=w1a1", "schedule=two_steps"))
+    assert two_steps["schedule"]["ladder"] == [{"until": 0.4, "weight": 8}]
     assert [rung["weight"] for rung in run_config(composed(*order))["schedule"]["ladder"]] == [8, 4, 2]
 
 
