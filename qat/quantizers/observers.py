@@ -314,10 +314,10 @@ class ChannelMomentsObserver(Observer):
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         super().update(x, low, high)
-        values = x.double()
+        values = x.float()  # squares of 24 bits, so that float64 sums keep them whole, in any order
         self.count += x.numel() // max(1, self.total.numel())
-        self.total += values.sum_to_size(self.total.shape)
-        self.squares += values.square().sum_to_size(self.squares.shape)
+        self.total += values.double().sum_to_size(self.total.shape)
+        self.squares += values.square().double().sum_to_size(self.squares.shape)
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
