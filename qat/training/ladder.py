@@ -12,7 +12,7 @@ import qat
 from qat.errors import ConfigError, SpecError, nearest
 from qat.numerics.formats import TensorSpec
 from qat.quantizers.quantizer import widened
-from qat.training.callbacks import QuantizationSchedule, _inputs, _network
+from qat.training.callbacks import QuantizationSchedule, prepared_network, training_inputs
 from qat.training.data import stream_seed
 from qat.training.oscillation import Oscillations
 
@@ -92,14 +92,14 @@ class Ladder(L.Callback):
         if rung != self.rung:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(stream_seed(trainer.global_step))
-                with _inputs(trainer, pl_module, self.batches) as inputs:
-                    qat.set_rung(_network(pl_module), inputs, **self.bits(rung))
+                with training_inputs(trainer, pl_module, self.batches) as inputs:
+                    qat.set_rung(prepared_network(pl_module), inputs, **self.bits(rung))
             self.rung = rung
 
     def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A network that was built anew, and loaded from a checkpoint of a rung, works at that rung again."""
         if self.rung is not None:
-            qat.set_rung(_network(pl_module), None, **self.bits(self.rung))
+            qat.set_rung(prepared_network(pl_module), None, **self.bits(self.rung))
 
     on_validation_start = _restore
     on_test_start = _restore

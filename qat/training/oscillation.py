@@ -18,7 +18,7 @@ from qat.errors import ConfigError
 from qat.modules.base import QuantizedModule
 from qat.numerics.tensor import QuantizedTensor
 from qat.rewriter import quantized_modules
-from qat.training.callbacks import _network
+from qat.training.callbacks import prepared_network
 
 
 class Oscillations(L.Callback):
@@ -72,7 +72,7 @@ class Oscillations(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.total_steps, self._seen_step = int(trainer.estimated_stepping_batches), trainer.global_step
-        network = _network(pl_module)
+        network = prepared_network(pl_module)
         computed = [n for n, m in _trained(network) if not isinstance(m._parameters.get("weight"), nn.Parameter)]
         if self.freeze_above is not None and computed:
             raise ConfigError(
@@ -87,7 +87,7 @@ class Oscillations(L.Callback):
         if not strength:
             return
         trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        for _, module in _trained(_network(pl_module)):
+        for _, module in _trained(prepared_network(pl_module)):
             leaves = [p for p in module.parameters() if id(p) in trained]
             if not leaves:
                 continue
@@ -105,7 +105,7 @@ class Oscillations(L.Callback):
             return  # gradients are still being accumulated
         self._seen_step = trainer.global_step
         threshold = self.freeze_above * (1 + 3 * self._remaining(trainer.global_step))
-        for name, module in _trained(_network(pl_module)):
+        for name, module in _trained(prepared_network(pl_module)):
             self._follow(name, module, threshold)
 
     def _remaining(self, step: int) -> float:
