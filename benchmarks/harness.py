@@ -16,6 +16,10 @@ from collections.abc import Callable
 
 import torch
 
+from qat.pipeline.host import keep_freed_memory
+
+keep_freed_memory()  # as train.py does
+
 
 def alternate(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 3,
               budget: float = 20.0) -> dict[str, float]:

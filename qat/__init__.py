@@ -10,17 +10,30 @@
 
 from qat import errors
 from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
-from qat.compression.distillation import Distillation, Distiller
+from qat.compression import (
+    ChannelReport,
+    Distillation,
+    Distiller,
+    Pruning,
+    adapter_state,
+    add_adapters,
+    load_adapter_state,
+    merge_adapters,
+    prune,
+    prune_channels,
+    sparsity,
+)
 from qat.deploy import Certificate, convert, load, save
 from qat.errors import QuantizationError
-from qat.modules.functional import Add, Concat
+from qat.modules.functional import Add, Concat, MatMul
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
-__all__ = ["Add", "Certificate", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize", "QuantizationError",
-           "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "calibrate", "convert", "coverage", "errors",
-           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "prepare", "reestimate_batch_norm", "save",
-           "set_observing"]
+__all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
+           "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state",
+           "add_adapters", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
+           "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels",
+           "reestimate_batch_norm", "save", "set_observing", "sparsity"]

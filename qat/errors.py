@@ -37,6 +37,10 @@ class OverflowBoundError(QuantizationError, ArithmeticError):
     """The integer sum of a layer may not fit the accumulator."""
 
 
+class PruneError(QuantizationError, ValueError):
+    """Pruning that cannot be done: a grid without zero, a pattern that fits no layer, an unknown option."""
+
+
 class ConvertError(QuantizationError):
     """The prepared model cannot be frozen yet; the message says what is missing."""
 

@@ -10,22 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import PrepareError, RecipeError
 from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, quantized_type
-from qat.modules.functional import MOVERS, QuantizedFunction
+from qat.modules.composite import Composite
+from qat.modules.functional import MOVERS, QuantizedFunction, QuantizedMatMul
 from qat.modules.normalization import clamp_of
 from qat.numerics.formats import TensorSpec
 from qat.recipe import Recipe, Rule
 from qat.tracing import Call, Key, Trace
 
+FUNCTIONS = ("Add", "Concat", "MatMul")
+"""Kinds whose operands are quantized one by one, whether they come as codes or not."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-OPAQUE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention reads the raw weights of its children",
-    nn.TransformerEncoderLayer: "nn.TransformerEncoderLayer reads the raw weights of its children in eval",
-}
-"""Modules that bypass their children's forward: a swapped child would be silently inactive."""
+OPAQUE = "a floating point nn.MultiheadAttention reads the raw weights of its children"
+"""Why what is inside of a module that bypasses its children's forward stays float: a swap would be inactive."""
+WHOLES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Layers whose type a rule may name for all that is inside of them."""
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Plan:
         batch_norms: names of all batch norms.
         kept: module or parameter name -> why it stays float.
         backward_dtype: see :class:`~qat.recipe.Recipe`.
+        traced: module name -> its new children, with their kinds, for functions that its forward called.
     """
 
     layers: dict[str, LayerPlan] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class Plan:
     batch_norms: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     backward_dtype: str = "auto"
+    traced: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def structured(self) -> bool:
@@ -58,13 +62,39 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
                 "absorbed": list(self.absorbed), "movers": list(self.movers), "batch_norms": list(self.batch_norms),
-                "kept": dict(self.kept), "backward_dtype": self.backward_dtype}
+                "kept": dict(self.kept), "backward_dtype": self.backward_dtype,
+                "traced": {n: dict(made) for n, made in self.traced.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         values = dict(data)
         values["layers"] = {n: LayerPlan.from_dict(p) for n, p in values["layers"].items()}
         return cls(**values)
+
+
+@dataclass
+class Product:
+    """One weight and the product it makes: a layer's, or that of one part of a composite.
+
+    Attributes:
+        plan: the layer's or the part's.
+        holder, attribute: name of the module that holds the weight, and the weight's name in it.
+        weight: (out, in, ...) as it enters the product; None for a function without weight.
+        rows: which rows of the attribute, where it is not all.
+        owner: name of the planned module.
+    """
+
+    plan: LayerPlan
+    holder: str
+    attribute: str
+    weight: Tensor | None
+    rows: tuple[int, int] | None
+    owner: str
+
+    def shares(self, other: Product, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether both are one weight."""
+        mine, theirs = (modules[p.holder]._parameters.get(p.attribute) for p in (self, other))
+        return mine is not None and mine is theirs and self.rows == other.rows
 
 
 class Planner:
@@ -97,73 +127,100 @@ class Planner:
     def apply_rules(self) -> None:
         used: set[Rule] = set()
         refused: dict[Rule, str] = {}
-        opaque = {n: reason for n, m in self.modules.items() for kind, reason in OPAQUE.items() if isinstance(m, kind)}
+        opaque: set[str] = set()        # float attention, as far as it is known: parents come before their children
+        held: set[str] = set()
         for name, module in self.modules.items():
-            kinds = self.kinds(name)
-            rule = next((r for r in self.recipe.rules if any(r.matches(a, kinds) for a in self.aliases[name])), None)
+            if name in held:            # its weight is a part of the composite around it
+                continue
+            rule = self.rule(name)
             leaf = not any(True for _ in module.children()) and bool(module._parameters)
             quantized = quantized_type(module)
-            inside = next((o for o in opaque if name == o or name.startswith(f"{o}." if o else "")), None)
+            parts: dict[str, Rule | None] = {}
+            if quantized is not None and issubclass(quantized, Composite):
+                parts = {part: self.rule(name, part) for part in (*quantized.sources(module), *quantized.products)}
+                if rule is None or rule.keep is not None:
+                    rule = next((r for r in parts.values() if r is not None and r.keep is None), rule)
+            inside = any(name.startswith(f"{o}." if o else "") for o in opaque)
+            if isinstance(module, nn.MultiheadAttention):
+                opaque.add(name)
             if rule is None:
                 if leaf or quantized:
                     self.result.kept[name] = "no rule matches"
                 continue
             if rule.keep is not None:
-                if not leaf and inside is not None:
-                    self.result.kept[name] = f"{rule} keeps it; float32, since {opaque[inside]}"
+                if isinstance(module, nn.MultiheadAttention):
+                    self.result.kept[name] = f"{rule} keeps it; float32, since {OPAQUE}"
                 if leaf:
                     used.add(rule)
                     self.result.kept[name] = f"{rule} keeps it {rule.keep}"
                     if rule.keep != "float32":
-                        if inside is not None or isinstance(module, BATCH_NORMS):
-                            self.result.kept[name] += f"; float32, since {opaque.get(inside or '', 'batch norm')}"
+                        if inside or isinstance(module, BATCH_NORMS):
+                            self.result.kept[name] += f"; float32, since {OPAQUE if inside else 'batch norm'}"
                         else:
                             self.result.narrow[name] = rule.keep
                 continue
-            reason = self.obstacle(module, quantized, rule, opaque[inside] if inside is not None else None)
+            reason = OPAQUE if inside else self.obstacle(module, quantized, rule)
             if reason is not None:
                 refused.setdefault(rule, f"{name}: {reason}")
                 if leaf or any(p is not None for p in module._parameters.values()):
                     self.result.kept[name] = reason
                 continue
             assert quantized is not None
-            plan = self.layer(name, quantized, rule)
-            if plan.weight is None and plan.input is None and plan.output is None:
+            if issubclass(quantized, Composite):
+                plan = self.composite(name, quantized, rule, parts)
+            else:
+                plan = self.layer(quantized, rule)
+            active = [p for p in (plan, *plan.parts.values()) if p.weight or p.input or p.output]
+            if not active:
                 self.result.kept[name] = f"{rule} says nothing for a {plan.kind}"
                 continue
+            if issubclass(quantized, Composite):
+                used.update(r for r in parts.values() if r is not None)
+                opaque.discard(name)
+                held |= {_join(name, s.weight.rpartition(".")[0]) for s in quantized.sources(module).values()} - {name}
             used.add(rule)
             self.rules[name] = rule
             self.result.layers[name] = plan
-        taken = [n for n, rule in self.rules.items() if rule.optional]
+        taken = [n for n, rule in self.rules.items() if rule.optional and n in self.modules]
         for rule in self.recipe.rules:
             if any(rule.matches(a, self.kinds(n)) for n in taken for a in self.aliases[n]):
                 continue                # an optional rule in front, as presets have, was faster
             if rule not in used and not rule.optional:
                 because = f" ({refused[rule]})" if rule in refused else ""
+                if rule.type in FUNCTIONS and not because:
+                    because = (f" (no qat.{rule.type} of that name, and no such function in a forward that can be "
+                               f"traced: write a qat.{rule.type} into the model)")
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
 
+    def rule(self, name: str, part: str | None = None) -> Rule | None:
+        """The first rule that matches a module; for a part of a composite also by the part's own dotted name."""
+        kinds = self.kinds(name)
+        return next((r for r in self.recipe.rules for a in self.aliases[name]
+                     if r.matches(a, kinds) or (part is not None and r.matches(_join(a, part), kinds))), None)
+
     def kinds(self, name: str) -> tuple[str, ...]:
         """The class names that a rule's ``type`` may name for a module."""
-        return tuple(c.__name__ for c in type(self.modules[name]).__mro__ if c not in (object, nn.Module))
+        steps = name.split(".")
+        around = [self.modules.get(".".join(steps[:i])) for i in range(len(steps))]
+        own: list[Any] = [self.modules[name], *(m for m in around if isinstance(m, WHOLES))]
+        return tuple(c.__name__ for m in own for c in type(m).__mro__ if c not in (object, nn.Module))
 
-    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule,
-                 opaque: str | None) -> str | None:
+    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
         """Why this module cannot be quantized, or None."""
-        if opaque is not None:
-            return opaque
         if quantized is None:
             base = next((b.__name__ for b in type(module).__mro__ if b in REGISTRY), None)
             if base is not None:
                 return f"{type(module).__name__} overrides the forward of {base}"
             return f"no quantized form of {type(module).__name__}"
-        if issubclass(quantized, QuantizedFunction) and not (rule.explicit or rule.type):
-            return "functions are quantized by rules that name them"
+        if issubclass(quantized, QuantizedFunction) and not (
+                rule.explicit or rule.type or issubclass(quantized, QuantizedMatMul)):
+            return "adds and concatenations are quantized by rules that name them"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "max_norm rewrites the weight at every look-up"
         return None
 
-    def layer(self, name: str, quantized: type[QuantizedModule], rule: Rule) -> LayerPlan:
+    def layer(self, quantized: type[QuantizedModule], rule: Rule) -> LayerPlan:
         weight = rule.weight if not issubclass(quantized, QuantizedFunction) else None
         source = rule.input if quantized.takes_input_spec else None
         if source is not None:
@@ -173,24 +230,64 @@ class Planner:
         return LayerPlan(quantized.replaces.__name__, None if weight is None else weight.for_weight(), source,
                          None if rule.output is None else rule.output.for_activation())
 
-    def products(self) -> list[str]:
-        """Names of the matmul-like layers, in the order they run (where known) or are defined."""
-        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", "Add", "Concat")]
-        if self.trace is None:
-            return names
-        order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
-        return sorted((n for n in names if n in order), key=lambda n: order[n]) or names
+    def composite(self, name: str, quantized: type[Composite], rule: Rule,
+                  parts: Mapping[str, Rule | None]) -> LayerPlan:
+        """A plan with a plan for each part, which may have a rule of its own."""
+        plan = LayerPlan(quantized.replaces.__name__, output=None if rule.output is None
+                         else rule.output.for_activation())
+        for part, own in parts.items():
+            plan.parts[part] = LayerPlan("MatMul" if part in quantized.products else "Part")
+            if own is None or own.keep is not None:
+                plan.parts[part].reason = "no rule matches" if own is None else f"{own} keeps it float32"
+                continue
+            if part not in quantized.products:
+                plan.parts[part].weight = None if own.weight is None else own.weight.for_weight()
+            plan.parts[part].input = None if own.input is None else own.input.for_activation()
+            if part in quantized.products and own.input is None:
+                plan.parts[part].reason = f"{own} leaves activations in floating point"
+            self.rules[_join(name, part)] = own
+        return plan
+
+    def products(self) -> dict[str, Product]:
+        """Every weight in the plan, by the name of its layer or part, in the order of the modules."""
+        found: dict[str, Product] = {}
+        for name, plan in self.result.layers.items():
+            module = self.modules[name]
+            if not plan.parts:
+                found[name] = Product(plan, name, "weight", getattr(module, "weight", None), None, name)
+                continue
+            quantized: Any = quantized_type(module)
+            for part, source in quantized.sources(module).items():
+                found[_join(name, part)] = Product(
+                    plan.parts[part], _join(name, source.weight.rpartition(".")[0]), source.attribute,
+                    source.read(module, source.weight), source.rows, name)
+        return found
+
+    def edges(self, products: Mapping[str, Product]) -> set[str]:
+        """The first and the last matmul-like layer: in the order they run (where known) or are defined."""
+        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", *FUNCTIONS)]
+        if self.trace is not None:
+            order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
+            names = sorted((n for n in names if n in order), key=lambda n: order[n]) or names
+        found: set[str] = set()
+        for name, first in ((names[0], True), (names[-1], False)) if names else ():
+            if not self.result.layers[name].parts:
+                found.add(name)
+                continue
+            quantized: Any = quantized_type(self.modules[name])
+            found |= {_join(name, part) for part in quantized.edge(list(self.result.layers[name].parts), first)}
+        return found
 
     def treat_edges(self) -> None:
-        products = self.products()
-        if self.recipe.edges != "int8" or not products:
+        if self.recipe.edges != "int8":
             return
-        weights = {n: getattr(self.modules[n], "weight", None) for n in self.result.layers}
-        edges = {products[0], products[-1]}
-        tied = {id(weights[e]) for e in edges if weights[e] is not None}
-        for name, plan in self.result.layers.items():
-            shares = id(weights[name]) in tied  # what shares a weight with an edge shares its codes
-            if not (name in edges or shares) or self.rules[name].explicit:
+        products = self.products()
+        edges = self.edges(products)
+        for name, product in products.items():
+            # what shares a weight with an edge shares its codes
+            edge = name in edges or any(product.shares(products[e], self.modules) for e in edges)
+            plan = product.plan
+            if not edge or name not in self.rules or self.rules[name].explicit:
                 continue
             if plan.weight is not None and plan.weight.bits < 8:
                 plan.weight = TensorSpec("int8").for_weight()
@@ -202,9 +299,9 @@ class Planner:
 
     def check_groups(self) -> None:
         wrong = []
-        for name, plan in self.result.layers.items():
-            spec, weight = plan.weight, getattr(self.modules[name], "weight", None)
-            source = plan.input
+        for name, product in self.products().items():
+            plan, weight = product.plan, product.weight
+            spec, source = plan.weight, plan.input
             if plan.kind.startswith("ConvTranspose") and source is not None and not (
                     source.fmt.has_zero and (source.symmetric or not source.dynamic)):
                 raise PrepareError(f"{name}: a transposed convolution spreads its input with zeros, which needs an "
@@ -213,14 +310,14 @@ class Planner:
                 continue
             size = spec.group_size
             assert size is not None
-            inputs = weight.numel() // self.out_channels(name)
+            inputs = weight.numel() // (weight.shape[0] if plan.kind == "Part" else self.out_channels(name))
             if inputs % size and spec.group_fallback == "divisor":
                 divisor = math.gcd(inputs, 1 << (size.bit_length() - 1))
                 plan.weight = spec.replace(group_size=divisor)
                 plan.reason = f"group_size {size} does not divide {inputs} inputs: {divisor}"
             elif inputs % size:
                 wrong.append(f"{name} ({inputs} inputs)")
-            if plan.input is not None and plan.kind != "Linear":
+            if plan.input is not None and plan.kind not in ("Linear", "Part"):
                 raise PrepareError(f"{name}: per_group weights under integer activations are for Linear; give "
                                    f"{plan.kind} layers a rule with per_channel weights")
         if wrong:
@@ -237,44 +334,69 @@ class Planner:
     # ------------------------------------------------------------------ ties
 
     def settle_ties(self) -> None:
-        """Modules that share a weight share its quantizer; all of them are quantized, or none."""
-        owners: dict[int, list[str]] = {}
+        """Products that share a weight share its quantizer; all of them are quantized, or none."""
+        products = self.products()
+        planned_at: dict[tuple[str, str], list[str]] = {}
+        for name, product in products.items():
+            planned_at.setdefault((product.holder, product.attribute), []).append(name)
+        readers: dict[int, list[str]] = {}
         for name, module in self.modules.items():
-            for parameter in module._parameters.values():
+            for attribute, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() > 1:
-                    owners.setdefault(id(parameter), []).append(name)
-        for names in owners.values():
-            planned = [n for n in names if n in self.result.layers]
+                    readers.setdefault(id(parameter), []).extend(planned_at.get((name, attribute), [name]))
+        for names in readers.values():
+            planned = [n for n in names if n in products]
             if not planned:
                 continue
-            floats = [n for n in names if n not in planned] + self.function_readers(names[0])
-            if floats:
-                for name in planned:
-                    del self.result.layers[name]
-                    self.result.kept[name] = f"its weight is shared with {floats[0]}, which stays float"
-                continue
-            specs = {n: self.result.layers[n].weight for n in planned}
-            if len(set(specs.values())) > 1:
-                firm = {n: s for n, s in specs.items() if not self.rules[n].optional}
-                if len({s for n, s in firm.items() if self.rules[n].explicit or len(firm) == len(specs)}) > 1:
-                    raise PrepareError("a shared weight has one set of codes, but the rules disagree: " +
-                                       "; ".join(f"{n}: {s}" for n, s in specs.items()))
-                chosen = max((s for s in (firm or specs).values() if s is not None), key=lambda s: s.bits)
-                for name in planned:
-                    plan, others = self.result.layers[name], [n for n in planned if n != name]
-                    if plan.weight != chosen:
-                        plan.weight = chosen
-                        plan.reason = f"as {', '.join(others)}, shared weight"
-            for name in planned[1:]:
-                self.result.layers[name].tied_to = planned[0]
+            floats = [n for n in names if n not in products] + self.function_readers(products[planned[0]])
+            if not floats and len({products[n].rows for n in planned}) > 1:
+                floats = [n for n in planned if any(_overlap(products[n].rows, products[o].rows) for o in planned)]
+            for rows in dict.fromkeys(products[n].rows for n in planned):
+                sharing = [n for n in planned if products[n].rows == rows]
+                others = floats + [n for n in sharing if len(sharing) > 1 and products[n].plan.kind == "Part"
+                                   and n not in self.rules]     # a part that no rule quantizes
+                if not others:
+                    self.tie(sharing, products)
+                for name in sharing if others else ():
+                    self.keep_float(name, products[name], f"its weight is shared with {others[0]}, which stays float")
 
-    def function_readers(self, owner: str) -> list[str]:
-        """Function calls that read the weight of a module (``F.linear(h, self.embedding.weight)``)."""
-        aliases = self.aliases[owner]
+    def tie(self, names: list[str], products: Mapping[str, Product]) -> None:
+        """Give products of one weight one spec, and one quantizer."""
+        specs = {n: products[n].plan.weight for n in names}
+        if len(set(specs.values())) > 1:
+            firm = {n: s for n, s in specs.items() if not self.rules[n].optional}
+            if len({s for n, s in firm.items() if self.rules[n].explicit or len(firm) == len(specs)}) > 1:
+                raise PrepareError("a shared weight has one set of codes, but the rules disagree: " +
+                                   "; ".join(f"{n}: {s}" for n, s in specs.items()))
+            chosen = max((s for s in (firm or specs).values() if s is not None), key=lambda s: s.bits)
+            for name in names:
+                plan, others = products[name].plan, [n for n in names if n != name]
+                if plan.weight != chosen:
+                    plan.weight = chosen
+                    plan.reason = f"as {', '.join(others)}, shared weight"
+        for name in names[1:]:
+            products[name].plan.tied_to = names[0]
+
+    def keep_float(self, name: str, product: Product, reason: str) -> None:
+        """Take a layer or part out of the plan again; a composite without any part left goes too."""
+        if name == product.owner:
+            del self.result.layers[name]
+            self.result.kept[name] = reason
+            return
+        product.plan.weight = product.plan.input = None
+        product.plan.reason = reason
+        layer = self.result.layers.get(product.owner)
+        if layer is not None and not any(p.weight or p.input for p in layer.parts.values()) and layer.output is None:
+            del self.result.layers[product.owner]
+            self.result.kept[product.owner] = reason
+
+    def function_readers(self, product: Product) -> list[str]:
+        """Function calls that read a weight (``F.linear(h, self.embedding.weight)``)."""
+        aliases = self.aliases[product.holder]
         return [f"a call of {c.function} in {c.owner or 'the model'}"
                 for c in (self.trace.functions if self.trace else ())
-                if not str(c.function).startswith("~") and c.owner not in aliases
-                and any(f"{a}.weight" in c.parameters for a in aliases)]
+                if not str(c.function).startswith("~") and c.owner not in (*aliases, product.owner)
+                and any(_join(a, product.attribute) in c.parameters for a in aliases)]
 
     # ------------------------------------------------------------------ what follows from who feeds whom
 
@@ -335,7 +457,7 @@ class Planner:
             for name, clamp in list(candidates.items()):
                 fine = bool(takers.get(name)) and all(
                     t in layers and (spec := layers[t].input) is not None and not layers[t].chained and self.quiet(t)
-                    and layers[t].kind not in ("Add", "Concat") and spec.fmt.has_zero and spec.format != "ternary"
+                    and layers[t].kind not in FUNCTIONS and spec.fmt.has_zero and spec.format != "ternary"
                     and getattr(self.modules[t], "padding_mode", "zeros") == "zeros"
                     and all(candidates.get(source(c) or "") == clamp for c in self.calls(t))
                     for t in takers[name])
@@ -365,7 +487,7 @@ class Planner:
         for name in [n for n, p in layers.items() if p.output is not None]:
             plan, calls = layers[name], self.calls(name)
             assert plan.output is not None
-            if len(calls) != 1 or plan.output.granularity != "per_tensor" or not self.quiet(name):
+            if plan.parts or len(calls) != 1 or plan.output.granularity != "per_tensor" or not self.quiet(name):
                 continue
             tail = calls[0]
             if plan.batch_norm:
@@ -402,7 +524,7 @@ class Planner:
                     movers += more
                 continue
             plan = self.result.layers.get(reader.module)
-            if (plan is None or plan.kind == "Embedding" or not self.quiet(reader.module)
+            if (plan is None or plan.kind == "Embedding" or plan.parts or not self.quiet(reader.module)
                     or getattr(module, "padding_mode", "zeros") != "zeros"):
                 return None, []
             if plan.input is not None and plan.input.bits != spec.bits:
@@ -417,7 +539,7 @@ class Planner:
         while changed:
             changed = False
             for name, plan in layers.items():
-                if plan.kind in ("Add", "Concat"):
+                if plan.kind in FUNCTIONS:
                     continue
                 senders = [self.sender(c.inputs[0]) for c in self.calls(name) if c.inputs]
                 coded = [s for s in senders if s is not None and layers[s].emits_codes]
@@ -444,3 +566,13 @@ def unsigned(spec: TensorSpec) -> TensorSpec:
     """``spec`` for values that are never negative: unsigned codes whose lowest is real zero."""
     return spec.replace(format=spec.fmt.unsigned().name, symmetric=spec.learned != "pact",
                         learned="lsq" if spec.learned == "lsq_plus" else spec.learned)
+
+
+def _join(*names: str) -> str:
+    """A dotted name."""
+    return ".".join(n for n in names if n)
+
+
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    """Whether two different ranges of rows have a row in common; None is all rows."""
+    return a != b and (a is None or b is None or (a[0] < b[1] and b[0] < a[1]))

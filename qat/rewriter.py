@@ -16,14 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.errors import PrepareError
+from qat.errors import PrepareError, RecipeError
+from qat.modules.adapted import Adapted
+from qat.modules.attention import step_by_step
 from qat.modules.base import QuantizedModule, adopt, quantized_type
+from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat, keep_in
+from qat.modules.traced import KINDS, Traced, replace_functions, restore
 from qat.planning import Plan, Planner
 from qat.recipe import Recipe
-from qat.tracing import Call, leaves, run, trace_by_running, trace_symbolically
+from qat.tracing import Call, evaluating, leaves, run, trace_by_running, trace_symbolically
 
 
 @dataclass
@@ -83,12 +87,14 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
         except RuntimeError as error:
             raise PrepareError(f"this model cannot be copied ({error}); give inplace=True, or use the weight norm of "
                                "nn.utils.parametrizations") from None
+    traced = _functions_to_modules(model, recipe, example_inputs)
     trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
     plan = Planner(model, recipe, trace).plan()
     if example_inputs is not None and plan.structured and not _same_function(model, plan, example_inputs):
         warnings.warn("this model reads values between layers in ways that tracing does not see, so no batch norm is "
                       "folded, no ReLU absorbed and no codes are passed on", stacklevel=2)
         plan = Planner(model, recipe, None).plan()
+    plan.traced = traced
     model = carry_out(model, plan)
     functions = None
     if trace is not None and trace.executed:
@@ -100,6 +106,80 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)
     return model
+
+
+def decisions(model: nn.Module) -> dict[str, Any]:
+    """What ``prepare`` decided for a prepared model, as plain data that a training checkpoint can hold.
+
+    :func:`prepare_as` carries it out on a fresh float model, without example inputs.
+    """
+    state = prepared_state(model)
+    functions = None if state.functions is None else [[c.owner, c.function, c.macs, list(c.parameters)]
+                                                      for c in state.functions]
+    return {"recipe": state.recipe.to_dict(), "plan": state.plan.to_dict(), "functions": functions,
+            "macs": dict(state.macs)}
+
+
+def prepare_as(model: nn.Module, decided: Mapping[str, Any]) -> nn.Module:
+    """Swap the modules of a float ``model``, in place, as :func:`decisions` of another one of its kind says.
+
+    A model that is prepared in this very way takes over what the other one has seen of its calls.
+
+    Raises:
+        PrepareError: it is prepared already, in another way, or has other modules.
+        RecipeError: the data are of another version.
+    """
+    try:
+        recipe, plan = Recipe.from_dict(decided["recipe"]), Plan.from_dict(decided["plan"])
+        functions = None if decided["functions"] is None else [
+            Call(None, function, owner, [], [], 0, macs, parameters)
+            for owner, function, macs, parameters in decided["functions"]]
+        macs = dict(decided["macs"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(f"these are not the decisions of this version of prepare: {error}") from None
+    if is_prepared(model):
+        state = prepared_state(model)
+        if state.plan.to_dict() != plan.to_dict():
+            raise PrepareError("this model is prepared already, in another way")
+        state.functions, state.macs = functions, macs
+        return model
+    model = carry_out(model, plan)
+    model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
+    _check_active(model)
+    return model
+
+
+def _functions_to_modules(model: nn.Module, recipe: Recipe, inputs: Any) -> dict[str, dict[str, str]]:
+    """Make modules of the sums, concatenations and products that rules name by type, where forwards can be traced.
+
+    With example inputs the model must return the very same tensors afterwards; else everything is undone.
+    """
+    kinds = {r.type for r in recipe.rules if r.type in KINDS and r.keep is None}
+    if not kinds:
+        return {}
+
+    def results() -> list[torch.Tensor]:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [t.clone() for t in leaves(run(model, inputs)) if isinstance(t, torch.Tensor)]
+
+    before = results() if inputs is not None else []
+    traced = {n: made for n, m in list(model.named_modules()) if (made := replace_functions(m, kinds))}
+    if traced and inputs is not None:
+        try:
+            after = results()
+            same = len(after) == len(before) and all(map(_equal, before, after))
+        except Exception:  # a trace that does not run is a wrong one
+            same = False
+        if not same:
+            for name in traced:
+                restore(model.get_submodule(name))
+            traced = {}
+    return traced
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _same_function(model: nn.Module, plan: Plan, inputs: Any) -> bool:
@@ -145,16 +225,23 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Swap the modules of ``model``, in place, as ``plan`` says."""
+    for name, made in plan.traced.items():
+        owner = dict(model.named_modules()).get(name)
+        if owner is not None and not isinstance(owner, Traced) and replace_functions(owner, set(made.values())) != made:
+            raise PrepareError(f"{name}: its forward no longer calls the functions that the plan made modules of")
     modules = dict(model.named_modules())
-    for name, layer in sorted(plan.layers.items(), key=lambda item: item[1].tied_to is not None):
+    for name, layer in plan.layers.items():
         if name not in modules:
             raise PrepareError(f"the plan names a module {name!r} that this model does not have")
         module, quantized = modules[name], quantized_type(modules[name])
         if quantized is None or quantized.replaces.__name__ != layer.kind:
             raise PrepareError(f"{name} is a {type(module).__name__}, but the plan was made for a {layer.kind}")
-        shared = modules[layer.tied_to].weight_quantizer if layer.tied_to else None
-        swapped = quantized.swap(module, name, layer, shared)
-        swapped.backward_dtype = plan.backward_dtype
+        quantized.swap(module, name, layer)
+    swapped = quantized_modules(model)
+    for one in swapped.values():
+        one.backward_dtype = plan.backward_dtype
+        if one.plan.tied_to is not None:
+            one.weight_quantizer = swapped[one.plan.tied_to].weight_quantizer
     folded = {layer.batch_norm: name for name, layer in plan.layers.items() if layer.batch_norm}
     for name in plan.batch_norms:
         QuantizedBatchNorm.swap(modules[name], modules.get(folded.get(name, "\0")))
@@ -164,6 +251,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         take_codes(modules[name])
     for name, dtype in plan.narrow.items():
         keep_in(modules[name], dtype)
+    step_by_step(model)
     return model
 
 
@@ -176,7 +264,7 @@ def _check_active(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue
-        for role in ("weight_quantizer", "input_quantizer", "output_quantizer"):
+        for role in ("weight_quantizer", *(f"{r}_quantizer" for r in module.roles)):
             if getattr(module, role) is not module._modules.get(role):
                 raise PrepareError(f"{name}: an attribute of {type(module).__name__} called {role} hides its "
                                    "quantizer; rename it")
@@ -247,6 +335,11 @@ class Coverage:
         return "\n".join(text)
 
 
+REMEDIES = {**dict.fromkeys(("matmul", "bmm", "mm"), "; for activations use qat.MatMul"),
+            "scaled_dot_product_attention": "; use nn.MultiheadAttention, or qat.MatMul for both products"}
+"""Functions -> the module to use in their place."""
+
+
 def coverage(model: nn.Module) -> Coverage:
     """Every parameter, and every matrix product the model was seen to make, as quantized or kept, with the reason.
 
@@ -255,12 +348,26 @@ def coverage(model: nn.Module) -> Coverage:
     """
     state = prepared_state(model)
     rows: list[Row] = []
-    seen: set[int] = set()
+    seen: set[Any] = set()
+    between: set[int] = set()               # a composite's products of two activations
+    held: dict[int, str] = {}               # children of composites whose weights are read by parts
     for name, module in model.named_modules():
         if getattr(module, "is_quantizer", False) or ".weight_quantizer" in name or ".input_quantizer" in name:
             continue
+        if isinstance(module, Part):
+            continue                        # its composite has said it
+        if id(module) in between:
+            continue
         if isinstance(module, QuantizedModule):
-            rows.append(_quantized_row(name, module, state, seen))
+            rows += _quantized_rows(name, module, state, seen)
+            if isinstance(module, Composite):
+                held.update({id(h): p.name for p in module.parts.values()
+                             if (h := p.source.holder(module)) is not module})
+                between |= {id(m) for m in module.between_activations.values()}
+            continue
+        if id(module) in held:
+            rows.append(Row(name, type(module).__name__, "quantized", "in parts", "in parts", 0, 0,
+                            f"read by {held[id(module)]}"))
             continue
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
         seen.update(id(p) for p in own.values())
@@ -277,15 +384,28 @@ def coverage(model: nn.Module) -> Coverage:
     for call in state.functions or ():
         used = f" of {', '.join(call.parameters)}" if call.parameters else ""
         rows.append(Row(f"{call.owner or 'model'}: {call.function}", "function", "kept", "", "", 0, call.macs,
-                        f"called as a function{used}: no module to swap"))
+                        f"called as a function{used}: no module to swap{REMEDIES.get(str(call.function), '')}"))
     if state.functions is None:
         rows.append(Row("(function calls)", "function", "unobserved", "", "", 0, 0,
                         "seen when the model runs: give prepare example_inputs, or calibrate"))
     return Coverage(tuple(rows))
 
 
-def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: set[int]) -> Row:
-    plan = module.plan
+def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: set[Any]) -> list[Row]:
+    """The row of a quantized module; for a composite also one for each part, which counts the part's parameters."""
+    if not isinstance(module, Composite):
+        return [_quantized_row(name, module, state.macs.get(name, 0), _own_params(module, seen))]
+    total = state.macs.get(name, 0)
+    macs = module.part_macs(total)
+    parts = [_quantized_row(f"{name}.{key}" if name else key, part, macs.get(key, 0), _part_params(part, seen))
+             for key, part in module.parts.items()]
+    parts += [_quantized_row(f"{name}.{key}" if name else key, product, 0, 0)
+              for key, product in module.between_activations.items()]
+    return [_quantized_row(name, module, total - sum(macs.values()), _own_params(module, seen)), *parts]
+
+
+def _own_params(module: QuantizedModule, seen: set[Any]) -> int:
+    """Parameters of a module that nobody has counted yet."""
     params = 0
     if module.frozen:
         if id(module.weight_codes) not in seen:
@@ -295,6 +415,28 @@ def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: se
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
             params += parameter.numel()
+    return params
+
+
+def _part_params(part: Part, seen: set[Any]) -> int:
+    """The same for the rows of its composite's parameters that a part reads."""
+    params = _own_params(part, seen)
+    for path in (part.source.weight, part.source.bias):
+        holder, _, attribute = (path or "").rpartition(".")
+        parameter = part.owner.get_submodule(holder)._parameters.get(attribute)
+        rows = part.source.rows_of(str(path))
+        if parameter is not None and (id(parameter), rows) not in seen:
+            counted = path == part.source.weight and part.frozen     # by its codes
+            if not counted and (rows is not None or id(parameter) not in seen):
+                params += part.source.read(part.owner, str(path)).numel()
+            seen |= {id(parameter), (id(parameter), rows)}
+    return params
+
+
+def _quantized_row(name: str, module: QuantizedModule, macs: int, params: int) -> Row:
+    plan = module.plan
+    if not (plan.weight or plan.input or plan.output or plan.parts):
+        return Row(name, plan.kind, "kept", "", "", params, macs, plan.reason)
     reasons = [plan.reason] if plan.reason else []
     if plan.tied_to:
         reasons.append(f"weight shared with {plan.tied_to}, quantized once")
@@ -304,10 +446,13 @@ def _quantized_row(name: str, module: QuantizedModule, state: Prepared, seen: se
         reasons.append("ReLU absorbed" if plan.absorbs == (0.0, None) else f"clamp{plan.absorbs} absorbed")
     if plan.batch_norm:
         reasons.append(f"{plan.batch_norm} folded in eval")
+    if isinstance(module, Adapted):
+        reasons.append(f"adapter of rank {len(module.adapter_down)} inside the quantizer")
     if plan.output:
         reasons.append(f"output {plan.output}" + (" as codes" if plan.emits_codes else ""))
-    return Row(name, plan.kind, "quantized", str(plan.weight or "float"), str(plan.input or "float"), params,
-               state.macs.get(name, 0), "; ".join(reasons))
+    inside = "in parts" if plan.parts else "float"
+    return Row(name, plan.kind, "quantized", str(plan.weight or inside), str(plan.input or inside), params, macs,
+               "; ".join(reasons))
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:

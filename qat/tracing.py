@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -63,10 +63,11 @@ class Call:
 
 @dataclass
 class Trace:
-    """All calls in order, and the keys of the tensors that the model returned."""
+    """All calls in order, the keys of the tensors that the model returned, and (of a run) the shapes of all tensors."""
 
     calls: list[Call] = field(default_factory=list)
     returned: set[Key] = field(default_factory=set)
+    shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     executed: bool = False
 
     def of(self, module: str) -> list[Call]:
@@ -102,8 +103,8 @@ def leaves(values: Any) -> list[Any]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one step: it has no children, or torch runs it whole."""
-    return not any(True for c in module.children() if not getattr(c, "is_quantizer", False)) or isinstance(
-        module, nn.MultiheadAttention | nn.RNNBase)
+    return (not any(True for c in module.children() if not getattr(c, "is_quantizer", False))
+            or isinstance(module, nn.MultiheadAttention | nn.RNNBase) or getattr(module, "is_composite", False))
 
 
 class _Recorder(TorchFunctionMode):
@@ -129,6 +130,7 @@ class _Recorder(TorchFunctionMode):
                         self.count += 1
                         self.numbers[t] = self.count
                     found.append((self.numbers[t], 0 if t.is_inference() else t._version))
+                    self.trace.shapes[found[-1]] = tuple(t.shape)
         return found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -177,7 +179,8 @@ def tracing(model: nn.Module, trace: Trace) -> Iterator[Trace]:
             if leaf and not recorder.silent:
                 first = next((t for t in pytree.tree_leaves(result) if isinstance(t, Tensor | QuantizedTensor)), None)
                 trace.calls.append(Call(name, None, name, inputs, recorder.keys(result),
-                                        0 if first is None else len(first.shape), _module_macs(module, args, first)))
+                                        0 if first is None else len(first.shape),
+                                        _module_macs(module, args, kwargs, first)))
         return hook
 
     pending: list[list[Key]] = []
@@ -197,13 +200,19 @@ def tracing(model: nn.Module, trace: Trace) -> Iterator[Trace]:
             handle.remove()
 
 
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled models run as they are written, inside the block: whoever looks at layers needs them one by one."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` on one batch: a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+    """Call ``model``, uncompiled, on one batch: a tensor, a tuple or list of arguments, or a dict of keywords."""
+    with uncompiled():
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        if isinstance(inputs, tuple | list):
+            return model(*inputs)
+        return model(inputs)
 
 
 @contextmanager
@@ -261,10 +270,18 @@ def _is_quantized(module: nn.Module) -> bool:
     return hasattr(module, "plan") or hasattr(module, "narrow") or hasattr(module, "statistics_frozen")
 
 
-def _module_macs(module: nn.Module, args: Any, first: Any) -> int:
-    """Multiply-accumulates of a linear or convolution module; 0 for anything else."""
+def _module_macs(module: nn.Module, args: Any, kwargs: Any, first: Any) -> int:
+    """Multiply-accumulates of a matmul-like module; 0 for anything else."""
     if first is None:
         return 0
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_macs(module, **dict(zip(("query", "key", "value"), args)), **kwargs)
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):     # each weight once for each token
+        directions = 2 if getattr(module, "bidirectional", False) else 1
+        width = (getattr(module, "proj_size", 0) or module.hidden_size) * directions
+        names = [n for layer in getattr(module, "_all_weights", [["weight_ih", "weight_hh"]]) for n in layer]
+        used = sum(getattr(module, n).numel() for n in names if n.startswith("weight"))
+        return math.prod(first.shape) // width * used
     if isinstance(module, nn.Linear):
         return math.prod(first.shape) * module.in_features
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -274,6 +291,14 @@ def _module_macs(module: nn.Module, args: Any, first: Any) -> int:
     if isinstance(module, nn.modules.conv._ConvNd):
         return math.prod(first.shape) * (module.in_channels // module.groups) * math.prod(module.kernel_size)
     return 0
+
+
+def _attention_macs(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> int:
+    """Four projections, and two products for each pair of a query and a key."""
+    width = module.embed_dim
+    queries, keys = query.numel() // width, key.numel() // module.kdim
+    pairs = queries * key.shape[1 if module.batch_first and key.dim() == 3 else 0]
+    return width * (queries * 2 * width + keys * (module.kdim + module.vdim) + 2 * pairs)
 
 
 def _function_macs(name: str, args: Any, first: Tensor | None) -> int:

@@ -1,5 +1,15 @@
 """What is set from data without training."""
 
-from qat.calibration.ranges import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
+from qat.calibration.ranges import (
+    calibrate,
+    freeze_batch_norm,
+    freeze_ranges,
+    merge_batch_norm,
+    merge_ranges,
+    reestimate_batch_norm,
+    set_observing,
+    start_merging,
+)
 
-__all__ = ["calibrate", "freeze_batch_norm", "freeze_ranges", "reestimate_batch_norm", "set_observing"]
+__all__ = ["calibrate", "freeze_batch_norm", "freeze_ranges", "merge_batch_norm", "merge_ranges",
+           "reestimate_batch_norm", "set_observing", "start_merging"]

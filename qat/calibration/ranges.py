@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from qat.errors import CalibrationError, ConvertError
+from qat.calibration import processes
+from qat.errors import CalibrationError, ConvertError, NotCalibratedError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import QuantizedBatchNorm
-from qat.quantizers.quantizer import Quantizer, StaticQuantizer
-from qat.rewriter import prepared_state, quantized_modules
+from qat.quantizers.quantizer import LearnedQuantizer, Quantizer, StaticQuantizer
+from qat.rewriter import Prepared, prepared_state, quantized_modules
 from qat.tracing import Trace, evaluating, run, tracing
 
 
 def activation_quantizers(model: nn.Module) -> list[Quantizer]:
-    """The input and output quantizers of all quantized modules."""
-    found = [q for m in quantized_modules(model).values() for q in (m.input_quantizer, m.output_quantizer)]
-    return [q for q in found if q is not None]
+    """The quantizers of the activations of all quantized modules."""
+    return [q for m in quantized_modules(model).values() for q in m.activation_quantizers().values()]
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
+              merge: Literal["batches", "parts"] | None = "batches") -> nn.Module:
     """Set every static range from data; learned scales get their start from it.
 
     The model runs in floating point, in eval, without gradients; its own mode comes back afterwards. Ranges start
     anew: what was observed before is forgotten. The first run also shows which matrix products the model calls as
     functions (see :func:`qat.coverage`). If it fails, the quantizers are as they were.
 
+    In a run of several processes (an initialized ``torch.distributed`` group) each calibrates with batches of its own,
+    as many as it has, and their ranges are merged: all processes get those that one would get from all batches.
+
     Args:
         model: a prepared model; changed in place, and returned.
         batches: any iterable of inputs (a tensor, a tuple of arguments, or a dict of keyword arguments each).
         ignore_nonfinite: leave batches out that make NaN or infinity, with a warning, instead of raising.
+        merge: how ranges are merged with those of the other processes, if there are any; all of them must call
+            ``calibrate`` then. "batches": as one process would see the batches in the order rank 0's first, rank 1's
+            first, ..., rank 0's second. "parts": the first ones of all are parts of one batch, and so on. (Only moving
+            averages see a difference.) None: this process calibrates alone.
 
     Raises:
-        CalibrationError: no batch at all; NaN or infinity (the message names layer and batch).
+        CalibrationError: no batch at all; NaN or infinity (the message names layer and batch). Where ranges are merged,
+            an error in one process is raised in all of them.
     """
+    if merge not in ("batches", "parts", None):
+        raise CalibrationError(f"merge must be 'batches', 'parts' or None, not {merge!r}")
+    together = merge is not None and processes.several_processes()
     state = prepared_state(model)
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
@@ -48,22 +61,25 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
         if not q.frozen:
             q.observer.reset()
             q.observing = True
-    count = 0
+            if together:
+                q.observer.mark()
+    count, failure = 0, None
     try:
-        with _calibrating(modules.values()), evaluating(model), torch.no_grad():
-            for index, batch in enumerate(batches):
-                if state.functions is None:
-                    trace = Trace()
-                    with tracing(model, trace):
+        try:
+            with _calibrating(modules.values()), evaluating(model), torch.no_grad():
+                for index, batch in enumerate(batches):
+                    with _seeing_functions(model, state):
                         count += _observe(model, batch, index, ignore_nonfinite, quantizers)
-                    state.functions = [c for c in trace.functions if not str(c.function).startswith("~")]
-                    for call in trace.calls:
-                        if call.module is not None and not state.macs.get(call.module):
-                            state.macs[call.module] = call.macs
-                else:
-                    count += _observe(model, batch, index, ignore_nonfinite, quantizers)
+        except Exception as error:
+            failure = error
+            if not together:
+                raise
+        if together:
+            count, (state.functions, state.macs) = processes.agree(count, failure, (state.functions, state.macs))
         if not count:
             raise CalibrationError("calibration needs at least one batch")
+        if together:
+            processes.merge([q.observer for q in quantizers if not q.frozen], merge == "batches")
         for q in quantizers:
             q.settle()
     except BaseException:
@@ -73,14 +89,30 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     finally:
         for q, observing, _ in before:
             q.observing = observing
-    for module in modules.values():
-        weights = module.weight_quantizer
-        if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
-            weights.restart()
-            with torch.no_grad():
+            q.observer.unmark()
+    with processes.whole(model), torch.no_grad():
+        for module in modules.values():
+            weights = module.weight_quantizer
+            if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
+                weights.restart()
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
     return model
+
+
+@contextmanager
+def _seeing_functions(model: nn.Module, state: Prepared) -> Iterator[None]:
+    """The first run shows which matrix products the model calls as functions."""
+    if state.functions is not None:
+        yield
+        return
+    trace = Trace()
+    with tracing(model, trace):
+        yield
+    state.functions = [c for c in trace.functions if not str(c.function).startswith("~")]
+    for call in trace.calls:
+        if call.module is not None and not state.macs.get(call.module):
+            state.macs[call.module] = call.macs
 
 
 class _calibrating:
@@ -100,15 +132,15 @@ class _calibrating:
 
 def _observe(model: nn.Module, batch: Any, index: int, ignore: bool, quantizers: list[StaticQuantizer]) -> int:
     """Run one batch; 1 if it counted."""
-    kept = [{k: v.clone() for k, v in q.observer.state_dict().items()} for q in quantizers] if ignore else []
+    kept = [q.observer.snapshot() for q in quantizers] if ignore else []
     try:
         run(model, batch)
         return 1
     except CalibrationError as error:
         if not ignore:
             raise CalibrationError(f"batch {index}: {error}") from None
-        for q, values in zip(quantizers, kept):
-            q.observer.load_state_dict(values)
+        for q, snapshot in zip(quantizers, kept):
+            q.observer.restore(snapshot)
         warnings.warn(f"batch {index} left out of calibration: {error}", stacklevel=3)
         return 0
 
@@ -155,32 +187,94 @@ def freeze_batch_norm(model: nn.Module, on: bool = True) -> None:
             module.train(model.training)
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], merge: bool = True) -> None:
     """Recompute the running statistics of every batch norm as plain averages over ``batches``, with present weights.
 
     Weights that oscillate between two codes corrupt the moving averages at 4 bits and below (Nagel et al. 2022).
 
+    In a run of several processes the averages are over the batches of all of them, as in :func:`calibrate`.
+
+    Args:
+        model: a prepared model; changed in place. If it fails, the statistics are as they were.
+        batches: any iterable of inputs, as for :func:`calibrate`.
+        merge: with the statistics of the other processes, if there are any. False: this process alone.
+
     Raises:
         CalibrationError: no batch at all.
     """
+    merge = merge and processes.several_processes()
     norms = [m for m in model.modules() if isinstance(m, QuantizedBatchNorm) and m.running_mean is not None]
-    momenta = [m.momentum for m in norms]
-    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms]
-    count = 0
-    with evaluating(model), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.training = True
-        try:
-            for batch in batches:
-                run(model, batch)
-                count += 1
-        finally:
-            for norm, momentum in zip(norms, momenta):
-                norm.momentum = momentum
-    if not count:
-        for norm, values in zip(norms, before):
+    before = [(m, m.momentum, {k: v.clone() for k, v in m.state_dict().items()}) for m in norms]
+    count, failure = 0, None
+    try:
+        with evaluating(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum, norm.training = None, True
+            try:
+                for batch in batches:
+                    run(model, batch)
+                    count += 1
+            except Exception as error:
+                failure = error
+                if not merge:
+                    raise
+        if merge:
+            count, _ = processes.agree(count, failure, None)
+        if not count:
+            raise CalibrationError("batch norm re-estimation needs at least one batch")
+        if merge:
+            processes.merge_batch_norm(norms, weighted=True)
+    except BaseException:
+        for norm, _, values in before:
             norm.load_state_dict(values)
-        raise CalibrationError("batch norm re-estimation needs at least one batch")
+        raise
+    finally:
+        for norm, momentum, _ in before:
+            norm.momentum = momentum
+
+
+def start_merging(model: nn.Module) -> None:
+    """From here on this process observes together with the others: call it on all of them, on equal models.
+
+    Raises:
+        NotCalibratedError: a learned scale of an activation has no start yet; each process would take one of its own.
+    """
+    for q in _followers(model):
+        q.observer.mark()
+    bare = [q.name for q in activation_quantizers(model) if isinstance(q, LearnedQuantizer) and not q.calibrated]
+    if bare:
+        raise NotCalibratedError(f"learned scales without a start would differ between processes: {', '.join(bare)}; "
+                                 "run qat.calibrate(model, batches) on all processes first (calibration_batches in the "
+                                 "schedule)")
+
+
+def merge_ranges(model: nn.Module) -> None:
+    """Merge what the observers of all processes have seen since the last time, so that scales are equal bit for bit.
+
+    To be called on all processes at the same points of a training that observes, such as after each step. The batches
+    of one step count as parts of one batch: ranges are those that one process would get from the whole batch, if it
+    had the same weights and, in front of a quantizer, the same values. Learned scales are parameters: their gradients
+    are averaged like any other.
+    """
+    followers = _followers(model)
+    processes.merge([q.observer for q in followers])
+    for q in followers:
+        q.settle()
+
+
+def merge_batch_norm(model: nn.Module) -> None:
+    """Average the running statistics of batch norms in training over all processes.
+
+    Each then knows the data of all, and all fold the same gain in eval. (DDP copies those of rank 0 to the others
+    before each step, and what the others have seen is lost.)
+    """
+    norms = [m for m in model.modules() if isinstance(m, QuantizedBatchNorm) and m.running_mean is not None]
+    processes.merge_batch_norm([m for m in norms if m.training])
+
+
+def _followers(model: nn.Module) -> list[StaticQuantizer]:
+    """The static quantizers whose ranges follow the activations until they are frozen."""
+    return [q for q in activation_quantizers(model)
+            if isinstance(q, StaticQuantizer) and not isinstance(q, LearnedQuantizer) and not q.frozen]
 

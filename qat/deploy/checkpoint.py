@@ -9,11 +9,9 @@ moment, either the old checkpoint is there or the new one.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -25,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from qat.compression.adapters import merge_adapters
+from qat.compression.channels import pruned_shapes, take_shapes
 from qat.deploy.convert import drop_folded, share_codes
 from qat.errors import CheckpointError, PrepareError, QuantizationError
 from qat.modules.base import QuantizedModule
@@ -89,6 +89,7 @@ def _manifest(deployed: nn.Module, tensors: dict[str, Tensor], aliases: dict[str
         "tensors": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
                     for n, t in tensors.items()},
         "weight_shapes": {n: list(m.weight_shape) for n, m in quantized_modules(deployed).items() if m.frozen},
+        "pruned_shapes": pruned_shapes(deployed),
         "aliases": aliases, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data),
     }
 
@@ -114,7 +115,8 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
     """The deployed model in the directory ``path``.
 
     Args:
-        skeleton: a float model of the same architecture; its weights are not used, and it is not changed.
+        skeleton: a float model of the same architecture; its weights are not used, and it is not changed. Of a model
+            whose channels were pruned, the architecture before that: the smaller shapes are in the manifest.
 
     Raises:
         CheckpointError: a damaged, incomplete or unsafe file, another version, or another architecture; the message
@@ -127,7 +129,8 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         recipe, plan = Recipe.from_dict(manifest["recipe"]), Plan.from_dict(manifest["plan"])
         if is_prepared(skeleton):
             raise PrepareError("the skeleton is prepared already: give the float architecture")
-        model = carry_out(copy.deepcopy(skeleton), plan).eval()
+        model = take_shapes(merge_adapters(skeleton), manifest.get("pruned_shapes", {}))
+        model = carry_out(model, plan).eval()
     except (QuantizationError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder} does not fit this architecture: {error}") from None
     modules = quantized_modules(model)
@@ -181,6 +184,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
+    pruned = manifest.get("pruned_shapes", {})
+    if not isinstance(pruned, dict) or not all(isinstance(shape, list) for shape in pruned.values()):
+        raise CheckpointError(f"{path} is damaged: pruned_shapes are not lists by name")
     if not all(isinstance(owner, str) for owner in manifest["aliases"].values()):
         raise CheckpointError(f"{path} is damaged: aliases are not names")
     if not all(isinstance(entry, list) and len(entry) == 4 for entry in manifest["functions"]):
@@ -258,14 +264,13 @@ def _check_codes(name: str, module: QuantizedModule) -> None:
             packing.unpack(module.weight_codes, spec.fmt, module.weight_shape)
         except CheckpointError as error:
             raise CheckpointError(f"{name}.weight_codes: {error}") from None
-    for role in ("input_quantizer", "output_quantizer"):
-        quantizer = getattr(module, role)
+    for role, quantizer in module.activation_quantizers().items():
         if isinstance(quantizer, FrozenQuantizer):
             scale, zero_point, fmt = quantizer.scale, quantizer.zero_point, quantizer.spec.fmt
-            if scale.numel() != 1 or not math.isfinite(float(scale)) or float(scale) <= 0:
-                raise CheckpointError(f"{name}.{role}.scale must be one positive number")
-            if zero_point is not None and not fmt.lo <= int(zero_point) <= fmt.hi:
-                raise CheckpointError(f"{name}.{role}.zero_point {int(zero_point)} is outside of {fmt.lo}..{fmt.hi}")
+            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise CheckpointError(f"{name}.{role}.scale must be positive")
+            if zero_point is not None and bool(((zero_point < fmt.lo) | (zero_point > fmt.hi)).any()):
+                raise CheckpointError(f"{name}.{role}.zero_point is outside of {fmt.lo}..{fmt.hi}")
 
 
 def _put_in_place(temporary: str, target: Path) -> None:

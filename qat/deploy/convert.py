@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.compression.adapters import merge_adapters
+from qat.compression.pruning import sparsity
 from qat.errors import ConvertError, NotCalibratedError, ParityError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import QuantizedBatchNorm
@@ -30,6 +32,7 @@ class Certificate:
         max_output_difference: greatest absolute difference of any output of the model.
         prediction_agreement: share of equal ``argmax`` over the last dimension of the first output; 1.0 if it has none.
         equal: whether every output was equal bit for bit.
+        sparsity: layer -> zeros found in its packed integers, see :func:`qat.sparsity`.
     """
 
     batches: int = 0
@@ -38,15 +41,23 @@ class Certificate:
     max_output_difference: float = 0.0
     prediction_agreement: float = 1.0
     equal: bool = True
+    sparsity: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of the packed integers that are level 0; 0 for a model without any."""
+        weights = sum(s["weights"] for s in self.sparsity.values())
+        return sum(s["zeros"] for s in self.sparsity.values()) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "layers": {n: dict(v) for n, v in self.layers.items()}}
+        return {**vars(self), "layers": {n: dict(v) for n, v in self.layers.items()},
+                "total_sparsity": self.total_sparsity, "sparsity": {n: dict(v) for n, v in self.sparsity.items()}}
 
     def __str__(self) -> str:
         worst = max((max(v.values(), default=0) for v in self.layers.values()), default=0)
         return (f"{len(self.layers)} layers, {self.samples} samples: greatest code difference {worst}, greatest output "
                 f"difference {self.max_output_difference:g}, predictions equal {self.prediction_agreement:.2%}, "
-                f"{'equal bit for bit' if self.equal else 'NOT EQUAL'}")
+                f"{'equal bit for bit' if self.equal else 'NOT EQUAL'}, {self.total_sparsity:.1%} of the weights are 0")
 
 
 def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> tuple[nn.Module, Certificate]:
@@ -70,8 +81,8 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
         raise ConvertError("this model is deployed already")
-    missing = [q.name for m in modules.values() for q in (m.input_quantizer, m.output_quantizer)
-               if q is not None and not q.calibrated and not _ready(q)]
+    missing = [q.name for m in modules.values() for q in m.activation_quantizers().values()
+               if not q.calibrated and not _ready(q)]
     if missing:
         raise NotCalibratedError(f"no range yet for {', '.join(missing)}: run qat.calibrate(model, batches); a layer "
                                  "that the data never reaches needs a rule with keep: float32")
@@ -105,14 +116,15 @@ def _ready(quantizer: Quantizer) -> bool:
 def freeze(model: nn.Module) -> None:
     """Freeze every quantized module of ``model``, in place; see :func:`convert` for the proof."""
     model.eval()
+    for part in model.modules():
+        if isinstance(part, NarrowFloat):
+            part.freeze()
+    merge_adapters(model, inplace=True)
     modules = quantized_modules(model)
     for module in modules.values():
         with torch.no_grad():
             module.freeze()
     share_codes(modules)
-    for part in model.modules():
-        if isinstance(part, NarrowFloat):
-            part.freeze()
     drop_folded(model)
     model.requires_grad_(False)
     left = [n for n, m in model.named_modules() if isinstance(m, StaticQuantizer)]
@@ -155,11 +167,12 @@ class _Tap:
 
     def hook(self, name: str):
         def tap(module: QuantizedModule, args: tuple[Any, ...]) -> None:
-            for x in args:
+            for position, x in enumerate(args):
+                quantizer = module.quantizer_of(position)
                 if isinstance(x, QuantizedTensor):
                     self.codes.setdefault(name, []).append(x.codes)
-                elif isinstance(x, Tensor) and x.is_floating_point() and module.input_quantizer is not None:
-                    self.codes.setdefault(name, []).append(module.input_quantizer.codes(x))
+                elif isinstance(x, Tensor) and x.is_floating_point() and quantizer is not None:
+                    self.codes.setdefault(name, []).append(quantizer.codes(x))
         return tap
 
     def take(self) -> dict[str, list[Tensor]]:
@@ -177,7 +190,7 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
     Raises:
         ParityError: any code or any output differs; the message names the first layer.
     """
-    certificate = Certificate()
+    certificate = Certificate(sparsity=sparsity(deployed))
     frozen = quantized_modules(deployed)
     watching = [(q, q.observing) for q in prepared.modules() if isinstance(q, Quantizer)]
     for q, _ in watching:

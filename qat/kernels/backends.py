@@ -13,14 +13,15 @@ A backend says what it supports; :mod:`qat.kernels.table` decides which one runs
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.kernels.contract import Activation, Geometry, Weight, check_int32
+from qat.kernels.contract import Activation, Geometry, Weight, check_int32, matmul_bound
 from qat.numerics import affine
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.formats import TensorSpec
 
 INT32_LIMIT = 2**31
 
@@ -36,8 +37,15 @@ class Backend:
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
         return True
 
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        return True
+
     def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
         """(rows, out), exact integers in whatever dtype holds them."""
+        raise NotImplementedError
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        """(..., m, n) of (..., m, k) and (..., k, n), exact integers in whatever dtype holds them; a new tensor."""
         raise NotImplementedError
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
@@ -56,6 +64,13 @@ class Backend:
                        multiplier.reshape(shape) if multiplier.dim() else multiplier,
                        None if bias is None else bias.reshape(shape))
 
+    def matmul(self, a: Activation, b: Activation, multiplier: Tensor) -> Tensor:
+        """``float32(acc) * multiplier``: (..., m, n) float32. ``multiplier`` broadcasts against that shape."""
+        acc = self.matmul_accumulators(a, b)
+        if multiplier.dim() < acc.dim():
+            return rescale(acc, multiplier, None)
+        return acc.float().mul_(multiplier)
+
 
 def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Tensor | None = None) -> Tensor:
     """The one expression of the rescale: ``float32(acc - taken_off) * multiplier + bias``, each step rounded once.
@@ -67,8 +82,7 @@ def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Ten
         y = (acc if taken_off is None else acc - taken_off).float() * multiplier
         return y if bias is None else y.add_(bias)
     y = torch.empty_like(acc, dtype=torch.float32)
-    size = max(1, affine.PIECE * acc.shape[0] // acc.numel())
-    for target, piece in zip(y.split(size), acc.split(size)):  # in pieces that stay in the cache
+    for target, piece in zip(affine.pieces(y), affine.pieces(acc)):
         target.copy_(piece if taken_off is None else piece.sub_(taken_off)).mul_(multiplier)
         if bias is not None:
             target.add_(bias)
@@ -82,6 +96,9 @@ class Reference(Backend):
 
     def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
         return x.levels(torch.int64) @ w.levels.to(torch.int64).t()
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        return a.levels(torch.int64) @ b.levels(torch.int64)
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         windows = unfold(x.levels(torch.int64), w.levels.shape, geometry)
@@ -137,6 +154,9 @@ class OneDNN(Backend):
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
         within = all(p <= d * (k - 1) for p, d, k in zip(geometry.padding, geometry.dilation, w.levels.shape[2:]))
         return self._fits(x, w) and within and self._tried((x.values.shape, w.levels.shape, geometry), x, w, geometry)
+
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        return False  # packing pays for operands that last
 
     def _tried(self, shape: tuple[object, ...], x: Activation, w: Weight, geometry: Geometry | None) -> bool:
         key = (*shape, x.values.dtype, int(x.zero_point or 0), torch.get_num_threads())
@@ -264,12 +284,56 @@ class IntMM(Backend):
             return torch.zeros(rows, out, dtype=torch.int32, device=values.device)
         if values.device.type != "cuda":
             return torch._int_mm(values, flat.t())
-        more_rows, more_in, more_out = max(0, 17 - rows), -inputs % 8, -out % 8
+        more_rows, more_in, more_out = _cuda_padding(rows, inputs, out)
         if more_rows or more_in:
             values = F.pad(values, (0, more_in, 0, more_rows))
         if more_out or more_in:
             flat = w.cached("padded", lambda: F.pad(flat, (0, more_in, 0, more_out)))
         return torch._int_mm(values, flat.t())[:rows, :out]
+
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        inputs = a.values.shape[-1]
+        return self.available(a.values.device) and inputs > 1 and inputs * 255 * 255 < INT32_LIMIT
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        """One product of matrices at a time: there is no batched one. Zero points are corrected for afterwards.
+
+        sum (a - za) (b - zb) = sum a b  -  zb * sum a  -  za * (sum b - inputs * zb)
+        """
+        cuda = a.values.device.type == "cuda"
+        left, za = _as_int8(a) if cuda else (a.values, a.zero_point)
+        right, zb = _as_int8(b)
+        acc = self._batched(left, right)
+        if _present(zb):
+            acc -= zb * left.sum(-1, keepdim=True, dtype=torch.int32)
+        if _present(za):
+            taken_off = right.sum(-2, keepdim=True, dtype=torch.int32)
+            acc -= za * (taken_off - zb * right.shape[-2] if _present(zb) else taken_off)
+        return acc
+
+    @staticmethod
+    def _batched(left: Tensor, right: Tensor) -> Tensor:
+        """int32 (..., m, n) of integers (..., m, k) and int8 (..., k, n)."""
+        (m, k), n = left.shape[-2:], right.shape[-1]
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        shape = (*batch, m, n)
+        if right.dim() == 2:                # one matrix for all: their rows are rows of one product
+            m, batch = batch.numel() * m, torch.Size()
+        count = batch.numel()
+        left = left.reshape(m, k) if right.dim() == 2 else left.expand(*batch, m, k)
+        left, right = left.reshape(count, m, k), right.expand(*batch, k, n).reshape(count, k, n)
+        acc = torch.zeros(count, m, n, dtype=torch.int32, device=left.device)
+        if left.device.type == "cuda" and acc.numel():
+            more_m, more_k, more_n = _cuda_padding(m, k, n)
+            left = F.pad(left, (0, more_k, 0, more_m))
+            right = F.pad(right.transpose(1, 2), (0, more_k, 0, more_n)).transpose(1, 2)  # columns side by side
+            acc = torch.stack([torch._int_mm(x, y)[:m, :n] for x, y in zip(left, right)])
+        elif acc.numel():
+            left = left.contiguous()
+            right = right if right.transpose(1, 2).is_contiguous() else right.contiguous()
+            for x, y, out in zip(left, right, acc):
+                torch._int_mm(x, y, out=out)
+        return acc.reshape(shape)
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         if any(geometry.padding) and x.zero_point:
@@ -291,39 +355,76 @@ class IntMM(Backend):
         return acc.reshape(batch, *spatial, out).movedim(-1, 1)
 
 
-class OneRow:
-    """One float32 row through a frozen linear layer on a CPU, in the fewest calls.
+def _cuda_padding(rows: int, inputs: int, out: int) -> tuple[int, int, int]:
+    """What CUDA's kernel needs more of each: more than 16 rows, multiples of 8 of the rest."""
+    return max(0, 17 - rows), -inputs % 8, -out % 8
+
+
+def _as_int8(x: Activation) -> tuple[Tensor, Tensor | int | None]:
+    """The values as int8, with the zero point that goes with them (uint8 values move down by 128)."""
+    if x.values.dtype == torch.int8:
+        return x.values, x.zero_point
+    return (x.values ^ 128).view(torch.int8), (0 if x.zero_point is None else x.zero_point) - 128
+
+
+def _present(zero_point: Tensor | int | None) -> TypeGuard[Tensor | int]:
+    return isinstance(zero_point, Tensor) or bool(zero_point)
+
+
+class FewCalls:
+    """A few float32 rows through a linear layer whose ranges and weight stand still, on a CPU, in the fewest calls.
 
     The expressions are those of quantize, :class:`IntMM` and :func:`rescale`; what does not change is computed once.
-    At one row the calls themselves are what costs: this is a third of the time of going through all floors.
+    At few rows the calls themselves are what costs: one row takes a third of the time of going through all floors.
+
+    Args:
+        spec: of the codes: affine.
+        w: the weight.
+        multiplier_w: what one level of the weight is worth, (out,) or ().
+        bias: (out,) or None.
+        scale, zero_point: of the codes; no scale: that of the row itself (symmetric; one row only).
     """
 
-    def __init__(self, x: QuantizedTensor, w: Weight, multiplier: Tensor, bias: Tensor | None) -> None:
-        fmt, zero_point = x.spec.fmt, int(x.zero_point or 0)
+    def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None,
+                 scale: Tensor | None, zero_point: int = 0) -> None:
+        fmt = spec.fmt
         shift = 128 if fmt.signed else 0
-        self.scale, self.offset = x.scale, torch.tensor(float(zero_point + shift))
+        self.spec, self.scale, self.offset = spec, scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift
         self.columns = w.levels.t()
         self.taken_off = w.row_sums() * (zero_point + shift) if zero_point + shift else None
-        self.multiplier, self.bias = multiplier, bias
+        self.multiplier = multiplier_w if scale is None else scale * multiplier_w
+        self.bias = bias
 
     @staticmethod
-    def serves(x: QuantizedTensor, w: Weight) -> bool:
-        """Whether a layer with such codes can be served: one scale, an affine grid, and the matrix-vector kernel."""
-        return (x.spec.fmt.grid == "affine" and x.scale.dim() == 0 and not isinstance(x.zero_point, Tensor)
-                and INT_MM.supports_linear(Activation.of(x), w))
+    def serves(values: Tensor, spec: TensorSpec, zero_point: Tensor | int | None, w: Weight) -> bool:
+        """Whether there is such a way for codes ``values``: one zero point, an affine grid, an integer kernel."""
+        return (values.device.type == "cpu" and spec.fmt.grid == "affine" and not isinstance(zero_point, Tensor)
+                and INT_MM.supports_linear(Activation(values, zero_point, 255), w))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` (..., in) with one row in all; float32 (..., out)."""
-        row = x if x.dim() == 2 else x.view(1, -1)
-        values = affine.quantize_to_bytes(row, self.scale, self.offset, self.lo, self.hi)
+        """``x`` (rows, in), or (..., in) with one row in all; float32 (..., out)."""
+        rows = x if x.dim() == 2 else x.view(1, -1)
+        scale = affine.symmetric_scale(rows, self.spec) if self.scale is None else self.scale
+        y = self.product(affine.quantize_to_bytes(rows, scale, self.offset, self.lo, self.hi), scale)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """The same from codes (rows, in) of the fixed scale."""
+        return self.product(codes.view(torch.uint8) ^ 128 if self.spec.fmt.signed else codes, self.scale)
+
+    def product(self, values: Tensor, scale: Tensor | None) -> Tensor:
+        """The same from codes as bytes: signed ones moved up by 128."""
         acc = torch._int_mm(values, self.columns)
         if self.taken_off is not None:
             acc.sub_(self.taken_off)
         y = acc.mul(self.multiplier)
+        if self.scale is None:
+            assert scale is not None
+            y.mul_(scale)
         if self.bias is not None:
             y.add_(self.bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        return y
 
 
 class FloatCarrier(Backend):
@@ -338,6 +439,11 @@ class FloatCarrier(Backend):
         dtype = self._dtype(x, w)
         with torch.autocast(x.values.device.type, enabled=False):
             return x.levels(dtype) @ self._levels(w, dtype).t()
+
+    def matmul_accumulators(self, a: Activation, b: Activation) -> Tensor:
+        dtype = _float_dtype(matmul_bound(a, b), a.values.shape[-1])
+        with torch.autocast(a.values.device.type, enabled=False):
+            return a.levels(dtype) @ b.levels(dtype)
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         dtype = self._dtype(x, w)
@@ -363,14 +469,18 @@ class FloatCarrier(Backend):
 
     @staticmethod
     def _dtype(x: Activation, w: Weight) -> torch.dtype:
-        bound = w.accumulator_bound(x)
-        if bound >= 2**53:
-            check_int32(bound, f"a layer of {w.inputs} inputs")
-        return torch.float32 if bound < 2**24 else torch.float64
+        return _float_dtype(w.accumulator_bound(x), w.inputs)
 
     @staticmethod
     def _levels(w: Weight, dtype: torch.dtype) -> Tensor:
         return w.levels.to(dtype)
+
+
+def _float_dtype(bound: int, inputs: int) -> torch.dtype:
+    """The floating type that holds sums up to ``bound`` exactly; :class:`OverflowBoundError` if there is none."""
+    if bound >= 2**53:
+        check_int32(bound, f"a layer of {inputs} inputs")
+    return torch.float32 if bound < 2**24 else torch.float64
 
 
 REFERENCE, ONEDNN, INT_MM, FLOAT = Reference(), OneDNN(), IntMM(), FloatCarrier()

@@ -5,8 +5,12 @@ A kernel multiplies integers:
     acc[m, n] = sum_k  (x[m, k] - zero_point) * w[n, k]            exactly
     y[m, n]   = float32(acc[m, n]) * multiplier[n] + bias[n]       two roundings, no fused multiply-add
 
-and the same for convolutions, whose padding has level 0. Every backend returns the same accumulators, and the same
-``y`` bit for bit; which one runs is only a question of speed.
+and the same for convolutions, whose padding has level 0; or, for two activations (attention),
+
+    acc[..., m, n] = sum_k  (a[..., m, k] - zero_point_a) * (b[..., k, n] - zero_point_b)       exactly
+    y[..., m, n]   = float32(acc[..., m, n]) * multiplier                                       one more rounding
+
+Every backend returns the same accumulators, and the same ``y`` bit for bit; which one runs is only a question of speed.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from qat.numerics.tensor import QuantizedTensor
 
 @dataclass
 class Activation:
-    """The left operand.
+    """The left operand, or either one of a product of two activations.
 
     Attributes:
-        values: int8 or uint8 integers, (rows, in) or (batch, in, *spatial).
-        zero_point: None (zero), an int, or an int32 tensor that broadcasts against ``values``.
+        values: int8 or uint8 integers, (rows, in) or (batch, in, *spatial); in a product of two, (..., m, k) or
+            (..., k, n).
+        zero_point: None (zero), an int, or an int32 tensor that broadcasts against ``values``; it does not vary along
+            the dimension that is summed over.
         bound: no level ``values - zero_point`` is greater than this in magnitude.
     """
 
@@ -136,6 +142,19 @@ class Geometry:
         """The spatial size of the output for inputs ``size`` = (batch, in, *spatial)."""
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
                      zip(size[2:], kernel[2:], self.stride, self.padding, self.dilation))
+
+
+def matmul_bound(a: Activation, b: Activation) -> int:
+    """No accumulator of ``a @ b``, and no partial sum in any order, is greater than this in magnitude.
+
+    First by the formats alone; where that is too coarse for float32, by the levels of ``a`` themselves (probabilities
+    are 8-bit codes, but few of a row are large).
+    """
+    inputs = a.values.shape[-1]
+    coarse = inputs * a.bound * b.bound
+    if coarse < 2**24 or not a.values.numel():
+        return coarse
+    return int(a.levels(torch.int32).abs_().sum(-1, dtype=torch.int64).max()) * b.bound
 
 
 def check_int32(bound: int, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The straight-through estimator in closed form: quantize, linear and convolution with their backwards.
+"""The straight-through estimator in closed form: quantize, linear, convolution and matmul with their backwards.
 
 The gradient travels from layer to layer with respect to *dequantized* values, on the ``carrier`` of a
 :class:`~qat.numerics.tensor.QuantizedTensor`: a float tensor with all strides 0, which owns no memory. So codes can be
@@ -13,12 +13,14 @@ Papers: Bengio et al. 2013 (STE); Esser et al. 2020 (LSQ); Bhalgat et al. 2020 (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qat.errors import UnsupportedError
 from qat.kernels import table
 from qat.kernels.contract import Activation, Geometry, Weight
 from qat.numerics import affine
@@ -77,28 +79,40 @@ def _ghost(like: Tensor, shape: torch.Size | None = None) -> Tensor:
     return like.new_empty(()).expand(like.shape if shape is None else shape)
 
 
+def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Grid,
+                     absorbed: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Codes, and a uint8 mask of where gradient passes (None: everywhere).
+
+    Args:
+        absorbed: the lowest code is an absorbed ReLU's zero, so the codes tell themselves where it cut.
+    """
+    spec, fmt = grid.spec, grid.spec.fmt
+    clamped = x
+    if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
+        clamped = x.clamp(grid.floor, grid.ceiling)
+    inside = None
+    if grid.clipped and fmt.grid == "sign":
+        inside = (clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW).view(torch.uint8)
+        codes = affine.quantize(clamped, scale, zero_point, spec)
+    elif grid.clipped:
+        codes, inside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=absorbed)
+    else:
+        codes = affine.quantize(clamped, scale, zero_point, spec)
+    for end, within in ((None if absorbed else grid.floor, torch.gt), (grid.ceiling, torch.lt)):
+        if end is not None:
+            passes = within(x, end).view(torch.uint8)
+            inside = passes if inside is None else inside.bitwise_and_(passes)
+    return codes, inside
+
+
 class _Quantize(torch.autograd.Function):
     """Masks are uint8, 1 where gradient passes: a multiplication by them is in place and does not branch."""
 
     @staticmethod
     def forward(ctx, x, scale, offset, zero_point, grid):
-        spec, fmt = grid.spec, grid.spec.fmt
-        clamped = x
-        if grid.ceiling is not None or (grid.floor is not None and fmt.signed):
-            clamped = x.clamp(grid.floor, grid.ceiling)
-        inside = None
-        ctx.absorbed = grid.floor == 0.0 and fmt.lo == (zero_point or 0) and not isinstance(zero_point, Tensor)
-        if grid.clipped and fmt.grid == "sign":
-            inside = (clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW).view(torch.uint8)
-            codes = affine.quantize(clamped, scale, zero_point, spec)
-        elif grid.clipped:
-            codes, inside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=ctx.absorbed)
-        else:
-            codes = affine.quantize(clamped, scale, zero_point, spec)
-        for end, within in ((None if ctx.absorbed else grid.floor, torch.gt), (grid.ceiling, torch.lt)):
-            if end is not None:
-                passes = within(x, end).view(torch.uint8)
-                inside = passes if inside is None else inside.bitwise_and_(passes)
+        fixed = not isinstance(zero_point, Tensor)
+        ctx.absorbed = fixed and grid.floor == 0.0 and grid.spec.fmt.lo == (zero_point or 0)
+        codes, inside = quantize_marking(x, scale, zero_point, grid, ctx.absorbed)
         ctx.grid, ctx.zero_point = grid, zero_point
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(_sparse(inside), codes if learns or ctx.absorbed else None,
@@ -112,17 +126,16 @@ class _Quantize(torch.autograd.Function):
         inside, codes, x, scale, offset = ctx.saved_tensors
         g_scale = g_offset = None
         if x is not None:
-            g_scale, g_offset = _scale_gradient(g, _dense(inside, x), x, scale, codes, offset, ctx.zero_point,
+            g_scale, g_offset = scale_gradient(g, _dense(inside, x), x, scale, codes, offset, ctx.zero_point,
                                                 ctx.grid)
         if not ctx.needs_input_grad[0]:
             return None, g_scale, g_offset, None, None
-        # a gradient that reaches a carrier is nobody else's, so it can be masked in place
-        if inside is not None:
-            g = _masked(g, inside)
         if ctx.absorbed:  # the absorbed ReLU's mask is in the codes themselves
             lo = ctx.grid.spec.fmt.lo
-            g = g.mul_(codes.clamp(max=1) if lo == 0 else codes.ne(lo).view(torch.uint8))
-        return g, g_scale, g_offset, None, None
+            above = codes.clamp(max=1) if lo == 0 else codes.ne(lo).view(torch.uint8)
+            inside = above if inside is None else _masked(above, inside)
+        # a gradient that reaches a carrier is nobody else's, so it can be masked in place
+        return g if inside is None else _masked(g, inside), g_scale, g_offset, None, None
 
 
 def _sparse(inside: Tensor | None) -> Tensor | None:
@@ -131,9 +144,9 @@ def _sparse(inside: Tensor | None) -> Tensor | None:
         return inside
     if bool(inside.all()):
         return None
-    zeros = inside.numel() - int(inside.count_nonzero())
-    thin = zeros * 64 < inside.numel() and inside.is_contiguous()
-    return (inside.view(-1) == 0).nonzero().squeeze(1) if thin else inside
+    if not inside.is_contiguous() or (inside.numel() - int(inside.count_nonzero())) * 64 >= inside.numel():
+        return inside
+    return (inside.view(-1) == 0).nonzero().squeeze(1)
 
 
 def _masked(g: Tensor, inside: Tensor) -> Tensor:
@@ -142,7 +155,7 @@ def _masked(g: Tensor, inside: Tensor) -> Tensor:
         return g.mul_(inside)
     if not g.is_contiguous():
         g = g.contiguous()
-    return g.view(-1).index_fill_(0, inside, 0.0).view(g.shape)
+    return g.view(-1).index_fill_(0, inside, 0).view(g.shape)
 
 
 def _dense(inside: Tensor | None, like: Tensor) -> Tensor | None:
@@ -153,7 +166,7 @@ def _dense(inside: Tensor | None, like: Tensor) -> Tensor | None:
     return mask.index_fill_(0, inside, 0).view(like.shape)
 
 
-def _scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
+def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, codes: Tensor, offset: Tensor | None,
                     zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
     spec, fmt = grid.spec, grid.spec.fmt
@@ -298,7 +311,7 @@ class _Product(torch.autograd.Function):
         return g_x, g_w, g_gain, g_bias, None
 
 
-def _weight_values(call: Product, dtype: torch.dtype) -> Tensor:
+def weight_values(call: Product, dtype: torch.dtype) -> Tensor:
     """Dequantized weight with the gain, rounded to the backward's dtype: (out, in) or (out, in // groups, *kernel)."""
     values = affine.blocks(call.w.levels(torch.float32), call.w.spec)
     scale = call.multiplier_w()
@@ -325,7 +338,7 @@ def _linear_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool) -> t
     if need_x:
         scale = call.multiplier_w()
         if scale.dim() == 2:
-            g_x = g_low @ _weight_values(call, dtype)
+            g_x = g_low @ weight_values(call, dtype)
         else:
             levels = call.w.levels(dtype)  # a fresh tensor: scaled in place
             g_x = g_low @ levels.mul_(scale.to(dtype).unsqueeze(-1) if scale.dim() else scale.to(dtype))
@@ -339,7 +352,7 @@ def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool)
     levels = call.x.levels(dtype)
     if scale.dim():
         levels = levels * scale.to(dtype)
-    weight, g_low = _weight_values(call, dtype), g.to(dtype)
+    weight, g_low = weight_values(call, dtype), g.to(dtype)
 
     def backward(x: Tensor, stride: tuple[int, ...], mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward(
@@ -360,6 +373,153 @@ def _convolution_gradients(call: Product, g: Tensor, need_x: bool, need_w: bool)
     return (g_x.to(call.x.dtype) if need_x and g_x is not None else None), g_w
 
 
+# ------------------------------------------------------------------------------------- products of two activations
+
+
+@dataclass
+class Matmul:
+    """One integer product of two activations: operands, and how the result is rescaled.
+
+    Attributes:
+        a: (..., m, k). ``scale``: () or, one for each row, a shape that broadcasts against (..., m, 1).
+        b: (..., k, n), whose leading dimensions broadcast against those of ``a``. ``scale``: () or, one for each
+            column or for each matrix, a shape that broadcasts against (..., 1, n).
+        factor: a constant on the result (attention: ``1 / sqrt(k)``); it goes into the multiplier.
+        backward_dtype: the type in which the matrix products of the backward run.
+    """
+
+    a: QuantizedTensor
+    b: QuantizedTensor
+    factor: float = 1.0
+    backward_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for tensor, dim, what in ((self.a, -1, "left operand varies along its rows"),
+                                  (self.b, -2, "right operand varies along its columns")):
+            if tensor.scale.dim() >= -dim and tensor.scale.shape[dim] != 1:
+                raise UnsupportedError(f"the scale of the {what} ({tuple(tensor.scale.shape)} for codes of shape "
+                                       f"{tuple(tensor.shape)}), so it cannot be taken out of the integer sum")
+
+    def scale(self, tensor: QuantizedTensor) -> Tensor:
+        """What one level of an operand is worth, float32."""
+        return tensor.scale if tensor.spec.fmt.unit == 1.0 else tensor.scale * tensor.spec.fmt.unit
+
+    def forward(self) -> Tensor:
+        """``float32(acc) * multiplier``, and times the scales of the rows where there are any; (..., m, n) float32."""
+        scale_a, scale_b = self.scale(self.a), self.scale(self.b)
+        if self.factor != 1.0:
+            scale_b = scale_b * self.factor
+        a, b = Activation.of(self.a), Activation.of(self.b)
+        if scale_a.dim() == 0:
+            return table.matmul(a, b, scale_a * scale_b)
+        return table.matmul(a, b, scale_b).mul_(scale_a)
+
+
+def matmul(call: Matmul, dtype: torch.dtype) -> Tensor:
+    """Run an integer product of two activations; differentiable in both through their carriers.
+
+        dL/da = factor * (g * scale_b) @ levels_b^T          dL/db = factor * levels_a^T @ (g * scale_a)
+
+    Raises:
+        UnsupportedError: a scale that varies along the dimension that is summed over.
+    """
+    carried = (call.a.carrier, call.b.carrier)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in carried):
+        return _Matmul.apply(*carried, call).to(dtype)
+    return call.forward().to(dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a_carrier, b_carrier, call):
+        nothing = call.a.codes.new_empty(0)
+        a, b = (replace(t, codes=nothing, carrier=None) for t in (call.a, call.b))
+        ctx.a, ctx.b, ctx.factor, ctx.dtype = a, b, call.factor, call.backward_dtype
+        ctx.save_for_backward(call.a.codes, call.b.codes)
+        return call.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        a, b = (replace(t, codes=codes) for t, codes in zip((ctx.a, ctx.b), ctx.saved_tensors))
+        call = Matmul(a, b, ctx.factor, ctx.dtype)
+        g_a = g_b = None
+        if ctx.needs_input_grad[0]:
+            g_a = _other_operand(g, call.scale(b) * ctx.factor, ctx.dtype,
+                                 lambda low: low @ b.levels(ctx.dtype).transpose(-1, -2))
+            g_a = g_a.sum_to_size(a.shape).to(a.dtype)
+        if ctx.needs_input_grad[1]:
+            g_b = _other_operand(g, call.scale(a) * ctx.factor, ctx.dtype,
+                                 lambda low: a.levels(ctx.dtype).transpose(-1, -2) @ low)
+            g_b = g_b.sum_to_size(b.shape).to(b.dtype)
+        return g_a, g_b, None
+
+
+def _other_operand(g: Tensor, scale: Tensor, dtype: torch.dtype, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient of one operand, with the scale of the other: inside the sum only where it varies there; float32."""
+    if scale.dim():
+        return multiply((g * scale).to(dtype)).float()
+    return multiply(g.to(dtype)).float().mul_(scale)
+
+
+def softmax(scores: Tensor, spec: TensorSpec, backward_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+    """``softmax(scores)`` over the last dimension as unsigned codes with zero point 0, whose values add up to one.
+
+        codes = round(exp(score - greatest) * hi)         in [0, 1] by nature: a range that needs no data
+        scale = 1 / (sum of the codes of a row)           so a row of probabilities sums to one in integers
+
+    Putting the *unnormalized* exponentials on the grid uses all of it in each row, however many keys share the
+    attention: probabilities themselves would all round to zero where more than twice ``hi`` keys share it evenly. A
+    row in which everything is masked (``-inf``) is all zeros.
+
+    Args:
+        scores: (..., queries, keys), float32; may hold ``-inf``.
+        spec: an unsigned format.
+        backward_dtype: the type in which the exponentials are kept for the backward.
+
+    The gradient is the softmax's, with the probabilities that were used: ``e / sum * (g - sum(g * probabilities))``.
+    """
+    if torch.is_grad_enabled() and scores.requires_grad:
+        carrier, codes, scale = _Softmax.apply(scores, spec, backward_dtype)
+    else:
+        carrier, (_, codes, scale) = None, _exponentials(scores, spec)
+    return QuantizedTensor(codes, scale, None, spec, carrier)
+
+
+def _exponentials(scores: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """``exp(score - greatest)``, its codes, and one over the sum of each row's codes."""
+    lowest = torch.finfo(scores.dtype).min
+    top = scores.amax(-1, keepdim=True).clamp(min=lowest) if scores.shape[-1] else scores.new_zeros(())
+    exponentials = (scores - top).exp_()
+    step = torch.full((), 1.0 / spec.fmt.hi, device=scores.device)
+    codes = affine.quantize(exponentials, step, None, spec.replace(granularity="per_tensor", dynamic=False))
+    return exponentials, codes, codes.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1).float().reciprocal_()
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, spec, backward_dtype):
+        exponentials, codes, scale = _exponentials(scores, spec)
+        ctx.hi = spec.fmt.hi
+        ctx.save_for_backward(exponentials.to(backward_dtype), codes, scale)
+        ctx.mark_non_differentiable(codes, scale)
+        return _ghost(scores), codes, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, *_):
+        exponentials, codes, scale = ctx.saved_tensors
+        mean = (g * codes).sum(-1, keepdim=True).mul_(scale)
+        return (g - mean).mul_(exponentials).mul_(scale * ctx.hi), None, None
+
+
+def dropout(x: QuantizedTensor, rate: float) -> QuantizedTensor:
+    """Codes of zero point 0 with dropout: dropped codes are 0, and the others' scale grows by ``1 / (1 - rate)``."""
+    keep = torch.empty_like(x.codes, dtype=torch.uint8).bernoulli_(1.0 - rate)
+    grown = 1.0 / (1.0 - rate) if rate < 1.0 else 1.0
+    return rearranged(x, x.codes * keep, lambda g: (g * keep).mul_(grown), x.scale * grown)
+
+
 # ------------------------------------------------------------------------------------- shape changes of codes
 
 
@@ -377,12 +537,27 @@ class _Rearranged(torch.autograd.Function):
         return ctx.back(g), None, None
 
 
-def rearranged(x: QuantizedTensor, codes: Tensor, back) -> QuantizedTensor:
+def rearranged(x: QuantizedTensor, codes: Tensor, back: Callable[[Tensor], Tensor], scale: Tensor | None = None,
+               zero_point: Tensor | int | None = None) -> QuantizedTensor:
     """``x`` with its codes rearranged into ``codes``; ``back`` maps a gradient of the new shape to the old one.
 
-    For per-tensor scales (a rearrangement of codes leaves them alone).
+    Per-tensor scales are left alone by that; others, and their zero points, have to be given anew, in shapes that
+    broadcast against the codes.
     """
     carrier = None
     if x.carrier is not None and torch.is_grad_enabled():
         carrier = _Rearranged.apply(x.carrier, codes.shape, back)
-    return replace(x, codes=codes, carrier=carrier)
+    if scale is None:
+        return replace(x, codes=codes, carrier=carrier)
+    return replace(x, codes=codes, carrier=carrier, scale=scale, zero_point=zero_point)
+
+
+def transposed(x: QuantizedTensor) -> QuantizedTensor:
+    """``x`` with its last two dimensions exchanged, scales for each row or column included."""
+    def turn(t: Tensor) -> Tensor:
+        return t.transpose(-1, -2)
+
+    if not x.scale.dim():
+        return rearranged(x, turn(x.codes), turn)
+    zero_point = turn(x.zero_point) if isinstance(x.zero_point, Tensor) else x.zero_point
+    return rearranged(x, turn(x.codes), turn, turn(x.scale), zero_point)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,21 @@ BACKENDS: dict[str, Backend] = {b.name: b for b in (REFERENCE, ONEDNN, INT_MM, F
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: on ``device``, for ``op``, where ``when`` holds, ``backend`` runs if it supports it."""
+    """One line of the table: on ``device``, for ``op``, where ``when`` holds, ``backend`` runs if it supports it.
+
+    ``when`` is given the operands: activation and weight, or two activations for ``matmul``.
+    """
 
     op: str
     device: str
     backend: str
     why: str
-    when: Callable[[Activation, Weight], bool] = lambda x, w: True
+    when: Callable[[Any, Any], bool] = lambda x, w: True
 
+
+LARGE_MATRIX = 3 * 2**16
+"""Multiply-accumulates from which one ``torch._int_mm`` a matrix beats a batched float product (measured: 64**3 does
+not, 128 * 32 * 128 does by two, 256 * 64 * 256 by seven)."""
 
 TABLE: list[Entry] = [
     Entry("linear", "cpu", "int_mm", "one row: a matrix-vector kernel",
@@ -44,6 +52,11 @@ TABLE: list[Entry] = [
     Entry("convolution", "cpu", "onednn", "fused int8 kernel"),
     Entry("convolution", "cuda", "int_mm", "unfolded, int8 tensor cores"),
     Entry("convolution", "*", "float", "exact in floating point"),
+    Entry("matmul", "cpu", "int_mm", "two activations, each matrix large enough for a call of its own",
+          lambda a, b: a.values.shape[-2] * a.values.shape[-1] * b.values.shape[-1] >= LARGE_MATRIX),
+    Entry("matmul", "cuda", "int_mm", "two activations, large matrices on int8 tensor cores",
+          lambda a, b: a.values.shape[-2] * a.values.shape[-1] * b.values.shape[-1] >= 256**3),
+    Entry("matmul", "*", "float", "two activations, batched, exact in floating point"),
 ]
 """First match that supports the operands runs. Insert an :class:`Entry` at the front to override."""
 
@@ -72,6 +85,11 @@ def use(backend: str) -> Iterator[None]:
         _forced.pop()
 
 
+def choose_matmul(a: Activation, b: Activation) -> Backend:
+    """The backend that multiplies these two activations."""
+    return _first("matmul", a, b, lambda backend: backend.supports_matmul(a, b))
+
+
 def choose(op: str, x: Activation, w: Weight, geometry: Geometry | None = None) -> Backend:
     """The backend that runs ``op`` (``linear`` or ``convolution``) on these operands.
 
@@ -90,12 +108,18 @@ def _choose(op: str, x: Activation, w: Weight, geometry: Geometry | None) -> Bac
     def supports(backend: Backend) -> bool:
         return backend.supports_linear(x, w) if geometry is None else backend.supports_convolution(x, w, geometry)
 
+    return _first(op, x, w, supports)
+
+
+def _first(op: str, x: Activation, w: Weight | Activation, supports: Callable[[Backend], bool]) -> Backend:
+    """The first entry of the table that serves these operands; the forced backend, if there is one."""
     if _forced:
         backend = BACKENDS[_forced[-1]]
         if not supports(backend):
+            other = w.levels if isinstance(w, Weight) else w.values
             raise UnsupportedError(f"backend {backend.name} does not support this {op}: activations "
-                                   f"{x.values.dtype} {tuple(x.values.shape)} on {x.values.device}, weight "
-                                   f"{w.levels.dtype} {tuple(w.levels.shape)}")
+                                   f"{x.values.dtype} {tuple(x.values.shape)} on {x.values.device}, "
+                                   f"{'weight' if isinstance(w, Weight) else 'and'} {other.dtype} {tuple(other.shape)}")
         return backend
     device = x.values.device.type
     for entry in TABLE:
@@ -121,20 +145,33 @@ def convolution(x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor
     return choose("convolution", x, w, geometry).convolution(x, w, geometry, multiplier, bias)
 
 
+def matmul(a: Activation, b: Activation, multiplier: Tensor) -> Tensor:
+    """``float32(acc) * multiplier`` for ``a.values`` (..., m, k) and ``b.values`` (..., k, n)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.qat.matmul(*_pieces(a), *_pieces(b), multiplier)
+    return choose_matmul(a, b).matmul(a, b, multiplier)
+
+
 # ------------------------------------------------------------------------------ one opaque operator for compilers
 
 
 def _as_tensors(x: Activation, w: Weight) -> tuple[Tensor, Tensor | None, int, int, Tensor, int, int]:
     """The operands as arguments that a compiled graph can carry."""
+    return (*_pieces(x), w.levels, w.bound, w.handle)
+
+
+def _pieces(x: Activation) -> tuple[Tensor, Tensor | None, int, int]:
     offsets = x.zero_point if isinstance(x.zero_point, Tensor) else None
-    return (x.values, offsets, 0 if offsets is not None else int(x.zero_point or 0), x.bound, w.levels, w.bound,
-            w.handle)
+    return x.values, offsets, 0 if offsets is not None else int(x.zero_point or 0), x.bound
+
+
+def _as_activation(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int) -> Activation:
+    return Activation(values, offsets if offsets is not None else (zero_point or None), bound)
 
 
 def _as_operands(values: Tensor, offsets: Tensor | None, zero_point: int, bound: int, levels: Tensor, level_bound: int,
                  handle: int) -> tuple[Activation, Weight]:
-    x = Activation(values, offsets if offsets is not None else (zero_point or None), bound)
-    return x, LASTING.get(handle) or Weight(levels, level_bound)
+    return _as_activation(values, offsets, zero_point, bound), LASTING.get(handle) or Weight(levels, level_bound)
 
 
 @custom_op("qat::linear", mutates_args=())
@@ -165,6 +202,20 @@ def _(values, offsets, zero_point, bound, levels, level_bound, handle, stride, p
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     size = (values.shape[0], levels.shape[0], *geometry.output_size(values.shape, levels.shape))
     return values.new_empty(size, dtype=torch.float32).contiguous(memory_format=_memory_format(values))
+
+
+@custom_op("qat::matmul", mutates_args=())
+def _matmul(a: Tensor, a_offsets: Tensor | None, a_zero_point: int, a_bound: int, b: Tensor, b_offsets: Tensor | None,
+            b_zero_point: int, b_bound: int, multiplier: Tensor) -> Tensor:
+    left, right = _as_activation(a, a_offsets, a_zero_point, a_bound), _as_activation(b, b_offsets, b_zero_point,
+                                                                                      b_bound)
+    return choose_matmul(left, right).matmul(left, right, multiplier).contiguous()
+
+
+@_matmul.register_fake
+def _(a, a_offsets, a_zero_point, a_bound, b, b_offsets, b_zero_point, b_bound, multiplier):
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=torch.float32)
 
 
 def _memory_format(values: Tensor) -> torch.memory_format:

@@ -1,8 +1,8 @@
 """Quantized modules. Importing this package registers all of them."""
 
-from qat.modules import convolution, functional, linear, normalization, precision
+from qat.modules import attention, composite, convolution, functional, linear, normalization, precision, recurrent
 from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, register
-from qat.modules.functional import Add, Concat
+from qat.modules.functional import Add, Concat, MatMul
 
-__all__ = ["REGISTRY", "Add", "Concat", "LayerPlan", "QuantizedModule", "convolution", "functional", "linear",
-           "normalization", "precision", "register"]
+__all__ = ["REGISTRY", "Add", "Concat", "LayerPlan", "MatMul", "QuantizedModule", "attention", "composite",
+           "convolution", "functional", "linear", "normalization", "precision", "recurrent", "register"]

@@ -8,7 +8,7 @@ the codes of the weight come from changes: from a float master weight and its qu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from qat.kernels.contract import Weight
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.quantizer import DynamicQuantizer, FrozenQuantizer, Quantizer, make_quantizer
+from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, StaticQuantizer, make_quantizer
 
 
 @dataclass
@@ -37,6 +37,7 @@ class LayerPlan:
         chained: the input arrives as codes from the layer in front, so there is no input quantizer.
         emits_codes: every consumer of the output takes codes, so no float tensor is made.
         tied_to: name of the module whose weight, and weight quantizer, this one shares.
+        parts: for a composite (see :mod:`qat.modules.composite`): the plan of each of its products.
         reason: why the specs differ from the rule, if they do; for coverage.
     """
 
@@ -51,13 +52,17 @@ class LayerPlan:
     emits_codes: bool = False
     tied_to: str | None = None
     reason: str = ""
+    parts: dict[str, LayerPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict of what differs from the defaults."""
         result: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "kind" or value != f.default:
+            if f.name == "parts":
+                if value:
+                    result["parts"] = {name: part.to_dict() for name, part in value.items()}
+            elif f.name == "kind" or value != f.default:
                 value = value.to_dict() if isinstance(value, TensorSpec) else value
                 result[f.name] = list(value) if isinstance(value, tuple) else value
         return result
@@ -72,6 +77,7 @@ class LayerPlan:
             if values.get(key) is not None:
                 floor, ceiling = values[key]
                 values[key] = (floor, ceiling)
+        values["parts"] = {name: cls.from_dict(part) for name, part in (values.get("parts") or {}).items()}
         return cls(**values)
 
 
@@ -87,16 +93,47 @@ def adopt(mixin: type, module: nn.Module) -> Any:
 def _adopted_type(mixin: Any, kind: Any) -> Any:
     if issubclass(mixin, kind):
         return mixin
+    prefix = getattr(mixin, "_prefix", None)     # of a mixin that leaves the module the type it was, to whoever asks
     name = mixin.__name__ if kind.__module__.startswith("torch.") else f"Quantized{kind.__name__}"
-    return type(name, (mixin, kind), {"__module__": mixin.__module__, "__doc__": mixin.__doc__,
-                                      "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind),
-                                                                               self.__getstate__())})
+    return type(f"{prefix}{kind.__name__}" if prefix else name, (mixin, kind), {
+        "__module__": kind.__module__ if prefix else mixin.__module__, "__doc__": mixin.__doc__,
+        "_adopted": (mixin, kind),
+        "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind), self.__getstate__())})
+
+
+def shed(mixin: type, module: nn.Module) -> nn.Module:
+    """``module`` without ``mixin``, which it adopted: the inverse of :func:`adopt`; its attributes stay."""
+    kind: Any = type(module)
+    module.__class__ = _without(mixin, kind)
+    return module
+
+
+def _without(mixin: Any, kind: Any) -> Any:
+    top, below = kind.__dict__["_adopted"]
+    return below if top is mixin else _adopted_type(top, _without(mixin, below))
 
 
 def _rebuilt(mixin: type, kind: type) -> Any:
     """An empty instance of an adopted type: how pickle, which cannot find the type by name, begins."""
     made = _adopted_type(mixin, kind)
     return made.__new__(made)
+
+
+def drop_float(module: nn.Module, name: str) -> None:
+    """Let ``module`` forget its parameter ``name``, and whatever computed it (weight norm, spectral norm)."""
+    if nn.utils.parametrize.is_parametrized(module, name):
+        parametrizations: Any = module.parametrizations
+        del parametrizations[name]
+        if not len(parametrizations):
+            del module.parametrizations
+    for handle, hook in list(module._forward_pre_hooks.items()):
+        if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", name) == name:
+            del module._forward_pre_hooks[handle]
+    for key in (name, f"{name}_g", f"{name}_v", f"{name}_orig"):
+        module._parameters.pop(key, None)
+        module.__dict__.pop(key, None)
+    for key in (f"{name}_u", f"{name}_v"):
+        module._buffers.pop(key, None)
 
 
 class QuantizedModule(nn.Module):
@@ -112,6 +149,8 @@ class QuantizedModule(nn.Module):
 
     replaces: ClassVar[type[nn.Module]]
     takes_input_spec: ClassVar[bool] = True
+    roles: ClassVar[tuple[str, ...]] = ("input", "output")
+    """Which activations have quantizers: ``<role>_quantizer``."""
 
     name: str
     plan: LayerPlan
@@ -140,32 +179,54 @@ class QuantizedModule(nn.Module):
             weight_quantizer: that of the module whose weight this one is tied to.
         """
         adopted: QuantizedModule = adopt(cls, module)
-        adopted.plan = plan
-        adopted.name = name
-        adopted.calibrating = adopted.checking = False
-        adopted.backward_dtype = "auto"
-        adopted._batch_norm = []
-        adopted.float_dtype = next((p.dtype for p in adopted._parameters.values() if p is not None), torch.float32)
-        adopted._kernel = adopted._codes = adopted._one_row = None
+        adopted.equip(name, plan, weight_quantizer)
+        return adopted
+
+    def equip(self, name: str, plan: LayerPlan, weight_quantizer: Quantizer | None = None) -> None:
+        """Set up what a quantized module has beside the float one: its plan, its state, its quantizers."""
+        self.plan = plan
+        self.name = name
+        self.calibrating = self.checking = False
+        self.backward_dtype = "auto"
+        self._batch_norm = []
+        self._kernel = self._codes = self._one_row = None
+        self.float_dtype = self.initial_dtype()
         if weight_quantizer is None and plan.weight is not None:
-            weight_quantizer = make_quantizer(plan.weight, adopted.weight_matrix().shape)
-        adopted.weight_quantizer = weight_quantizer
-        adopted.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
-        adopted.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
-        if adopted.input_quantizer is not None and plan.absorbs:
-            adopted.input_quantizer.absorb(*plan.absorbs)
-        if adopted.output_quantizer is not None and plan.output_absorbs:
-            adopted.output_quantizer.absorb(*plan.output_absorbs)
-        for role in ("weight", "input", "output"):
-            quantizer = getattr(adopted, f"{role}_quantizer")
+            weight_quantizer = make_quantizer(plan.weight, self.weight_matrix().shape)
+        self.weight_quantizer = weight_quantizer
+        self.make_activation_quantizers()
+        for role in ("weight", *self.roles):
+            quantizer = getattr(self, f"{role}_quantizer")
             if quantizer is not None:
-                quantizer.train(adopted.training)
+                quantizer.train(self.training)
                 if not quantizer.name:
                     quantizer.name = f"{name}.{role}"
-                device = adopted.device()
+                device = self.device()
                 if device is not None:
                     quantizer.to(device)
-        return adopted
+
+    def initial_dtype(self) -> torch.dtype:
+        """The dtype of the float module."""
+        return next((p.dtype for p in self._parameters.values() if p is not None), torch.float32)
+
+    def make_activation_quantizers(self) -> None:
+        """Build the quantizer of each of ``roles`` from the plan."""
+        plan = self.plan
+        self.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
+        self.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
+        if self.input_quantizer is not None and plan.absorbs:
+            self.input_quantizer.absorb(*plan.absorbs)
+        if self.output_quantizer is not None and plan.output_absorbs:
+            self.output_quantizer.absorb(*plan.output_absorbs)
+
+    def activation_quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers of activations that there are, by the name of their attribute."""
+        found = {f"{role}_quantizer": getattr(self, f"{role}_quantizer") for role in self.roles}
+        return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+    def quantizer_of(self, operand: int) -> Quantizer | None:
+        """The quantizer of the operand at this position of the call."""
+        return self.input_quantizer
 
     def device(self) -> torch.device | None:
         """Where this module's weight lives; None if it has none."""
@@ -188,6 +249,13 @@ class QuantizedModule(nn.Module):
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`weight_matrix`."""
         return matrix
+
+    def float_weight(self) -> Tensor:
+        """The float weight as the float module would use it, with pruned values at zero."""
+        quantizer = self.weight_quantizer
+        if quantizer is None or quantizer.mask is None:
+            return self.weight
+        return self.weight_from_matrix(quantizer.masked(self.weight_matrix()))
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight's codes, with output channels first."""
@@ -263,25 +331,12 @@ class QuantizedModule(nn.Module):
                 assert bias is not None
                 self._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
                 self._batch_norm = []
-        for role in ("input_quantizer", "output_quantizer"):
-            quantizer = getattr(self, role)
-            if quantizer is not None:
-                setattr(self, role, quantizer.freeze())
+        for role, quantizer in self.activation_quantizers().items():
+            setattr(self, role, quantizer.freeze())
 
     def drop_float_weight(self) -> None:
-        """Forget the float weight, and whatever computed it (weight norm, spectral norm)."""
-        if nn.utils.parametrize.is_parametrized(self, "weight"):
-            del self.parametrizations["weight"]
-            if not len(self.parametrizations):
-                del self.parametrizations
-        for key, hook in list(self._forward_pre_hooks.items()):
-            if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-                del self._forward_pre_hooks[key]
-        for name in ("weight", "weight_g", "weight_v", "weight_orig"):
-            self._parameters.pop(name, None)
-            self.__dict__.pop(name, None)
-        for name in ("weight_u", "weight_v"):
-            self._buffers.pop(name, None)
+        """Forget the float weight, and whatever computed it."""
+        drop_float(self, "weight")
 
     def skeleton(self) -> None:
         """Replace the float weight of a freshly built module by empty packed codes, to load a checkpoint into."""
@@ -301,10 +356,9 @@ class QuantizedModule(nn.Module):
             if self.plan.batch_norm:
                 self._parameters["bias"] = nn.Parameter(torch.zeros(shape[0], device=device), requires_grad=False)
                 self._batch_norm = []
-        for role in ("input_quantizer", "output_quantizer"):
-            quantizer = getattr(self, role)
-            if quantizer is not None and not isinstance(quantizer, DynamicQuantizer):
-                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones(()), 0))
+        for role, quantizer in self.activation_quantizers().items():
+            if isinstance(quantizer, StaticQuantizer):
+                setattr(self, role, FrozenQuantizer.holding(quantizer, torch.ones_like(quantizer.scale), 0))
 
     def __getattr__(self, name: str) -> Any:
         """A frozen module still answers to ``weight``: dequantized anew at each access, never stored."""
@@ -344,15 +398,19 @@ class QuantizedModule(nn.Module):
 
     def float_input(self, x: Tensor | QuantizedTensor) -> Tensor:
         """The input in floating point, with an absorbed activation function applied; observed while calibrating."""
+        return self.float_operand(x, self.input_quantizer)
+
+    def float_operand(self, x: Tensor | QuantizedTensor, quantizer: Quantizer | None) -> Tensor:
+        """An operand in floating point, as its quantizer lets it through; observed while calibrating."""
         if isinstance(x, QuantizedTensor):
             return x.dequantize()
-        if self.input_quantizer is None:
+        if quantizer is None:
             return x
         if self.calibrating:
-            if self.input_quantizer.observing:
-                self.input_quantizer.observe(x)
-            return self.input_quantizer.clamp(x)
-        return self.input_quantizer(x)
+            if quantizer.observing:
+                quantizer.observe(x)
+            return quantizer.clamp(x)
+        return quantizer(x)
 
     def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor:
         """The integer product, in the dtype the float layer would return."""
@@ -365,10 +423,10 @@ class QuantizedModule(nn.Module):
         device = x.codes.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def backward_type(self, x: QuantizedTensor) -> torch.dtype:
+    def backward_type(self, x: Tensor | QuantizedTensor) -> torch.dtype:
         if self.backward_dtype != "auto":
             return getattr(torch, self.backward_dtype)
-        low = torch.is_autocast_enabled(x.codes.device.type) or x.dtype in (torch.bfloat16, torch.float16)
+        low = torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.bfloat16, torch.float16)
         return torch.bfloat16 if low else torch.float32
 
     def finish(self, y: Tensor) -> Tensor | QuantizedTensor:

@@ -33,7 +33,7 @@ class QuantizedConvolution(QuantizedModule):
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
         if self.calibrating or self.plan.weight is None:
-            return self.finish(self._conv_forward(self.float_input(x), self.weight, self.bias))
+            return self.finish(self._conv_forward(self.float_input(x), self.float_weight(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             values = self.float_input(x)
@@ -80,6 +80,7 @@ class QuantizedConvolution(QuantizedModule):
             return None
         call = ste.Product(x, weight, kernel)
         scale, zero_point = out.present()
+        assert not isinstance(zero_point, Tensor)       # an output has one scale
         codes = ONEDNN.convolution_requantized(activation, kernel, geometry, call.scale_x() * call.multiplier_w(),
                                                None if self.bias is None else self.bias.float(), float(scale),
                                                zero_point or 0, out.spec.fmt.dtype)
@@ -140,7 +141,7 @@ class QuantizedTransposedConvolution(QuantizedModule):
         extra = self._output_padding(sized, output_size, list(self.stride), list(self.padding),
                                      list(self.kernel_size), dims, list(self.dilation))
         if self.calibrating or self.plan.weight is None:
-            y = self._float(self.float_input(x), self.weight, self.bias, extra)
+            y = self._float(self.float_input(x), self.float_weight(), self.bias, extra)
         elif self.plan.input is None:
             values = self.float_input(x)
             weight = self.weight_from_matrix(self.quantized_weight().dequantize(values.dtype))

@@ -1,4 +1,4 @@
-"""Adds and concatenations as modules, so that they can have quantizers of their own and pass codes on."""
+"""Adds, concatenations and products of two activations as modules: they can have quantizers and pass codes on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels.ste import rearranged
+from qat.kernels import ste
 from qat.modules.base import LayerPlan, QuantizedModule, adopt, register
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.quantizer import Quantizer, make_quantizer
 
 
 class Add(nn.Module):
@@ -31,11 +31,22 @@ class Concat(nn.Module):
         return torch.cat(tensors, self.dim)
 
 
+class MatMul(nn.Module):
+    """``a @ b``: write ``self.product(a, b)`` where a product of two activations is to run on integers.
+
+    Shapes as for ``torch.matmul``: a (..., m, k) or (k,), b (..., k, n) or (k,), leading dimensions broadcast.
+    """
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+
 class QuantizedFunction(QuantizedModule):
     """A module without weight whose operands and result are quantized.
 
     An ``input:`` spec quantizes each operand that does not arrive as codes, by one quantizer for all operands (so a
-    concatenation needs no rescale); an ``output:`` spec quantizes the result.
+    concatenation needs no rescale; the operands of a matrix product have one each); an ``output:`` spec quantizes the
+    result.
     """
 
     @classmethod
@@ -66,6 +77,60 @@ class QuantizedConcat(QuantizedFunction, Concat):
         return self.finish(torch.cat([self.operand(t) for t in tensors], self.dim))
 
 
+@register
+class QuantizedMatMul(QuantizedFunction, MatMul):
+    """The product of two activations on integers, each with a quantizer of its own.
+
+    The scales of a product must not vary along the dimension that is summed over: a dynamic ``per_token`` range is
+    taken for each row of ``a`` and for each column of ``b``.
+    """
+
+    replaces = MatMul
+    roles = ("input", "right", "output")
+
+    right_quantizer: Quantizer | None
+
+    def make_activation_quantizers(self) -> None:
+        super().make_activation_quantizers()
+        self.right_quantizer = None if self.plan.input is None else make_quantizer(self.plan.input)
+
+    def quantizer_of(self, operand: int) -> Quantizer | None:
+        return self.right_quantizer if operand == 1 else self.input_quantizer
+
+    def forward(self, a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> Any:
+        if self.calibrating or self.plan.input is None:
+            left, right = self.float_operand(a, self.input_quantizer), self.float_operand(b, self.right_quantizer)
+            return self.finish(left @ right)
+        return self.finish(self.multiply(self.left(a), self.right(b)))
+
+    def left(self, a: Tensor | QuantizedTensor) -> QuantizedTensor:
+        """The codes of the left operand, (..., m, k)."""
+        return self.quantized_input(a)
+
+    def right(self, b: Tensor | QuantizedTensor) -> QuantizedTensor:
+        """The codes of the right operand, (..., k, n), with dynamic ranges for each column."""
+        if isinstance(b, QuantizedTensor):
+            return b
+        assert self.right_quantizer is not None
+        if b.dim() < 2 or self.right_quantizer.spec.granularity != "per_token":
+            return self.right_quantizer.quantize(b)
+        return ste.transposed(self.right_quantizer.quantize(b.transpose(-1, -2)))
+
+    def multiply(self, a: QuantizedTensor, b: QuantizedTensor, factor: float = 1.0,
+                 dtype: torch.dtype | None = None) -> Tensor:
+        """``factor * (a @ b)`` as integers, in ``dtype`` or the one that the float product would return."""
+        row, column = a.codes.dim() == 1, b.codes.dim() == 1
+        if row:
+            a = ste.rearranged(a, a.codes.unsqueeze(0), lambda g: g.squeeze(0))
+        if column:
+            b = ste.rearranged(b, b.codes.unsqueeze(1), lambda g: g.squeeze(1))
+        call = ste.Matmul(a, b, factor, self.backward_type(b))
+        y = ste.matmul(call, dtype or self.result_dtype(a))
+        if column:
+            y = y.squeeze(-1)
+        return y.squeeze(-1 if column else -2) if row else y
+
+
 class TakesCodes(nn.Module):
     """Mixin for a module that only moves values about (flatten, identity): codes go through it as they are."""
 
@@ -74,7 +139,7 @@ class TakesCodes(nn.Module):
         if not isinstance(x, QuantizedTensor):
             return super().forward(x)
         shape = x.codes.shape
-        return rearranged(x, super().forward(x.codes), lambda g: g.reshape(shape))
+        return ste.rearranged(x, super().forward(x.codes), lambda g: g.reshape(shape))
 
 
 MOVERS: tuple[type[nn.Module], ...] = (nn.Flatten, nn.Unflatten, nn.Identity)

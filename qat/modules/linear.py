@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.kernels import ste, table
-from qat.kernels.backends import OneRow
+from qat.kernels.backends import FewCalls
 from qat.modules.base import QuantizedModule, register
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
@@ -27,36 +27,45 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
+        if self.frozen and self._one_row is None and not self.calibrating:
+            self._serve_one_row()
         if self._one_row and self._is_one_row(x):
             return self._one_row(x)
         if self.calibrating or self.plan.weight is None:
-            return self.finish(F.linear(self.float_input(x), self.weight, self.bias))
+            return self.finish(F.linear(self.float_input(x), self.float_weight(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             values = self.float_input(x)
             return self.finish(F.linear(values, weight.dequantize(values.dtype), self.bias))
-        codes = self.quantized_input(x)
-        if self._one_row is None and self.frozen and not torch.compiler.is_compiling():
-            self._one_row = self._serve_one_row(codes)
-        return self.finish(self.product(codes, weight))
+        return self.finish(self.product(self.quantized_input(x), weight))
 
     def _is_one_row(self, x: Tensor | QuantizedTensor) -> bool:
         return (isinstance(x, Tensor) and x.numel() == self.in_features
                 and x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu"
-                and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or table.overridden()
+                and not (torch.is_autocast_enabled("cpu") or table.overridden()
                          or (x.requires_grad and torch.is_grad_enabled())))
 
-    def _serve_one_row(self, codes: QuantizedTensor) -> OneRow | bool:
-        """The short way for one row, or False where there is none."""
-        weight = self.quantized_weight()
+    @torch.compiler.disable
+    def _serve_one_row(self) -> None:
+        """Prepare the short way for one row; ``_one_row`` becomes False where there is none."""
+        source, weight = self.input_quantizer, self.quantized_weight()
+        self._one_row = False
+        if (source is None or self.output_quantizer is not None or weight.spec.granularity == "per_group"
+                or source.ceiling is not None):
+            return
+        spec, fmt = source.spec, source.spec.fmt
+        scale, zero_point = source.present() if isinstance(source, FrozenQuantizer) else (None, None)
+        if scale is None:
+            fits = spec.granularity == "per_token" and bool(spec.symmetric) and fmt.signed and source.floor is None
+        else:
+            fits = source.floor is None or (bool(spec.symmetric) and not fmt.signed)
         kernel = self.kernel_weight(weight)
         assert kernel is not None
-        fixed = isinstance(self.input_quantizer, FrozenQuantizer) and self.output_quantizer is None
-        if not fixed or codes.device.type != "cpu" or weight.spec.granularity == "per_group" \
-                or not OneRow.serves(codes, kernel):
-            return False
-        call = ste.Product(codes, weight, kernel)
-        return OneRow(codes, kernel, call.scale_x() * call.multiplier_w(), self.bias)
+        row = torch.zeros(1, self.in_features, dtype=fmt.dtype, device=weight.device)
+        if fits and FewCalls.serves(row, spec, zero_point, kernel):
+            codes = QuantizedTensor(row, torch.ones(()), zero_point, spec)
+            self._one_row = FewCalls(spec, kernel, ste.Product(codes, weight).multiplier_w(), self.bias, scale,
+                                     int(zero_point or 0))     # a layer has one
 
 
 @register
@@ -69,7 +78,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Any:
         indices = input
         if self.calibrating or self.plan.weight is None:
-            return self.finish(self._look_up(indices, self.weight))
+            return self.finish(self._look_up(indices, self.float_weight()))
         table = self.quantized_weight()
         if table.carrier is not None:
             return self.finish(self._look_up(indices, table.dequantize(self.weight.dtype)))

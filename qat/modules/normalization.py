@@ -11,9 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from qat.modules.base import QuantizedModule, adopt
 from qat.numerics.tensor import QuantizedTensor
+
+
+def several_processes() -> bool:
+    """Whether this is one process of several (of an initialized ``torch.distributed`` group)."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; the gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        return _SumOverProcesses.apply(g.contiguous())
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    return _SumOverProcesses.apply(x)
 
 
 class QuantizedBatchNorm(nn.Module):
@@ -21,16 +45,20 @@ class QuantizedBatchNorm(nn.Module):
 
     Attributes:
         statistics_frozen: running statistics are used, and do not move, although the model is in ``train()``.
+        synchronized: in training, normalize with the mean and the variance over the batches of all processes.
     """
 
     statistics_frozen: bool
+    synchronized: bool = False
     running_mean: Any
     running_var: Any
     weight: Any
     bias: Any
     eps: float
     momentum: float | None
+    num_batches_tracked: Any
     reset_running_stats: Any
+    _check_input_dim: Any
     _producer: list[QuantizedModule]
 
     @classmethod
@@ -58,7 +86,38 @@ class QuantizedBatchNorm(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """The float batch norm."""
+        if self.synchronized and self.training and several_processes():
+            return self._normalize_together(x)
         return super().forward(x)
+
+    def _normalize_together(self, x: Tensor) -> Tensor:
+        """Batch norm over the batches of all processes, on any device; differentiable. All must call it alike.
+
+        (``torch.nn.SyncBatchNorm`` takes the module's place, so that nothing would fold it, and wants a GPU.)
+        """
+        self._check_input_dim(x)
+        over = [d for d in range(x.dim()) if d != 1]
+        values = x.float()
+        count = values.new_tensor(x.numel() // x.shape[1])
+        sums = _sum_over_processes(torch.cat([values.sum(over), count.view(1)]))
+        count = sums[-1].detach().clamp(min=1)
+        mean = sums[:-1] / count
+        shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+        centered = values - mean.view(shape)
+        var = _sum_over_processes(centered.square().sum(over)) / count
+        if self.running_mean is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
+        y = centered * torch.rsqrt(var + self.eps).view(shape)
+        if self.weight is not None:
+            y = y * self.weight.float().view(shape)
+        if self.bias is not None:
+            y = y + self.bias.float().view(shape)
+        return y.to(x.dtype)
 
     def forward(self, input: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
         x: Any = input

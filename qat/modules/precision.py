@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from qat.modules.base import adopt
 
@@ -27,7 +28,7 @@ class NarrowFloat(nn.Module):
     float_dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        came = [t.dtype for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+        came = [t.dtype for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
         args = tuple(_cast(a, self.narrow) for a in args)
         kwargs = {k: _cast(v, self.narrow) for k, v in kwargs.items()}
         device = next((p.device.type for p in self.parameters()), "cpu")
@@ -61,4 +62,5 @@ def keep_in(module: nn.Module, dtype: str) -> nn.Module:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    """``value`` with every floating point tensor in it (a recurrent layer's state is a tuple of them) in ``dtype``."""
+    return pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, value)

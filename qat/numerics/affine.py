@@ -36,6 +36,8 @@ def scale_shape(shape: torch.Size | tuple[int, ...], spec: TensorSpec) -> tuple[
         return (shape[0], math.prod(shape[1:]) // check_group(shape, spec))
     if spec.granularity == "per_token":
         return (*shape[:-1], 1) if shape else ()
+    if spec.granularity == "per_column":
+        return tuple(shape[-1:])
     if spec.granularity == "per_sample":
         return (shape[0], *(1 for _ in shape[1:]))
     return ()
@@ -69,6 +71,8 @@ def aligned(value: Tensor, x: Tensor, spec: TensorSpec) -> Tensor:
 def rows(x: Tensor, spec: TensorSpec) -> Tensor:
     """``x`` as a matrix with one row for each scale: (scales, values that share it)."""
     count = math.prod(scale_shape(x.shape, spec))
+    if spec.granularity == "per_column":
+        return x.reshape(x.numel() // count if count else 0, count).t()
     return x.reshape(count, x.numel() // count if count else 0)
 
 
@@ -101,6 +105,11 @@ def choose_qparams(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor,
     scale = round_scale(high / steps - low / steps, spec)
     zero_point = (fmt.lo - low / scale).round().clamp(fmt.lo, fmt.hi)
     return scale, zero_point.to(torch.int32)
+
+
+def symmetric_scale(x: Tensor, spec: TensorSpec) -> Tensor:
+    """The scale of :func:`choose_qparams` for one row of signed symmetric codes, in the fewest calls; float32, ()."""
+    return round_scale(torch.linalg.vector_norm(x, torch.inf) / spec.fmt.span, spec)
 
 
 def round_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
@@ -186,7 +195,7 @@ def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None,
         inside = free <= codes if above_only else free == codes
         return codes.to(fmt.dtype).reshape(x.shape), inside.view(torch.uint8).reshape(x.shape)
     codes, inside = torch.empty_like(x, dtype=fmt.dtype), torch.empty_like(x, dtype=torch.uint8)
-    marks = _split(inside)
+    marks = pieces(inside)
     for (piece, target, step, offset, (free, bounded)), mark in zip(_pieces(x, codes, scale, zero_point, spec), marks):
         rounded(piece, step, offset, spec, free)
         target.copy_(torch.clamp(free, fmt.lo, fmt.hi, out=bounded))
@@ -196,7 +205,12 @@ def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None,
 
 
 PIECE = 1 << 17
-"""Values in a piece: its float32 copies stay in a core's cache between the steps of a quantization."""
+"""Values in a thread's share of a piece: two float32 copies of them stay in a core's cache between the steps."""
+
+
+def pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """``x`` cut along its first dimension, so that elementwise steps on one piece after another stay in the cache."""
+    return x.split(max(1, PIECE * torch.get_num_threads() * x.shape[0] // x.numel()))
 
 
 def _piecewise(x: Tensor, spec: TensorSpec) -> bool:
@@ -210,19 +224,16 @@ def _dense(x: Tensor) -> bool:
             or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)))
 
 
-def _split(x: Tensor) -> tuple[Tensor, ...]:
-    return x.split(max(1, PIECE * x.shape[0] // x.numel()))
-
-
 def _pieces(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: TensorSpec):
     """Pieces of ``x`` along its first dimension, with their targets, qparams, and two float32 scratch tensors."""
-    inputs = _split(x)
-    along = spec.granularity != "per_tensor"  # every other scale has the first dimension of x in front
+    inputs = pieces(x)
+    # every other scale has the first dimension of x in front
+    along = spec.granularity not in ("per_tensor", "per_column")
     steps = _split_like(scale, inputs) if along else [scale] * len(inputs)
     offsets = (_split_like(zero_point, inputs) if along and isinstance(zero_point, Tensor)
                else [zero_point] * len(inputs))
     scratch = torch.empty(2, inputs[0].numel())
-    for piece, target, step, offset in zip(inputs, _split(codes), steps, offsets):
+    for piece, target, step, offset in zip(inputs, pieces(codes), steps, offsets):
         shaped = [s[: piece.numel()].as_strided(piece.size(), piece.stride()) for s in scratch]
         yield piece, target, step, offset, shaped
 

@@ -116,6 +116,7 @@ FORMATS: dict[str, Format] = {
     for f in [
         *[f for bits in (8, 7, 6, 5, 4, 3, 2) for f in _affine(bits)],
         *[Format(f"int{b}_midrise", b, -(2 ** (b - 1)), 2 ** (b - 1) - 1, "midrise") for b in (4, 3, 2)],
+        Format("uint1", 1, 0, 1),
         Format("ternary", 2, -1, 1),
         Format("binary", 1, -1, 1, "sign"),
     ]
@@ -141,6 +142,8 @@ GRANULARITIES = {
     "per_channel": "one scale for each output channel, shape (out,)",
     "per_group": "one scale for each run of group_size inputs of an output channel, shape (out, in // group_size)",
     "per_token": "one scale for each row (last dimension) of an activation, shape (..., 1)",
+    "per_column": "one scale for each column (last dimension) of an activation, shape (columns,): for the right "
+                  "operand of a product of two activations (attention's values), which sums over rows",
     "per_sample": "one scale for each sample of a batch: what per_token means for the input of a convolution",
 }
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "entropy")
@@ -227,7 +230,7 @@ class TensorSpec:
             SpecError: per-token or dynamic weights, unsigned symmetric weights, learned zero points of weights.
         """
         granularity = self.granularity or "per_channel"
-        if granularity in ("per_token", "per_sample") or self.dynamic:
+        if granularity in ("per_token", "per_sample", "per_column") or self.dynamic:
             raise SpecError("weights have no tokens and no batches: use per_tensor, per_channel or per_group, static")
         if self.learned in ("pact", "lsq_plus"):
             raise SpecError(f"{self.learned} is for activations; weights learn their scale with learned: lsq")

@@ -15,19 +15,23 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
+from yaml import YAMLError
 
 import qat
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
-from qat.pipeline.storage import claim
-from qat.reporting import compare, read_csv
+from qat.pipeline.storage import claim, write_text
+from qat.reporting import compare, read_csv, read_sweep
 from qat.training.build import allow_targets, build
 
+OVERRIDES = ("weight", "input", "rules", "edges", "backward_dtype", "calibration")  # of Recipe.preset
 Task = Callable[[DictConfig, Console], None]
 
 
@@ -42,10 +46,11 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         full = os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in (a.lower() for a in sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them its own way
         OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+        keep_freed_memory()
         console = Console()
         if not full:
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
-        started, failures = False, 0
+        started, failures, given = False, 0, sys.argv
 
         def say(error: Exception) -> None:
             text = escape(explain(error, config_folder, config_name))
@@ -64,15 +69,21 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
                 say(error)
 
         try:
+            sys.argv = [given[0], *_continued(given[1:])]
             hydra.main(str(config_folder), config_name, version_base="1.3")(job)()
         except KeyboardInterrupt:
             console.print("\nStopped.", style="bold")
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                folder = _shown(Path(HydraConfig.get().sweep.dir))
+                console.print(f"Continue with: python train.py resume_sweep={folder}", style="bold", soft_wrap=True)
             sys.exit(130)
         except Exception as error:
             if full or started:  # once a job has begun, what it does not expect is a fault of ours: show all of it
                 raise
             say(error)
             sys.exit(1)
+        finally:
+            sys.argv = given
         if failures:
             sys.exit(1)
 
@@ -109,11 +120,16 @@ def evaluate(config: DictConfig, console: Console) -> None:
     """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table."""
     check_keys(config, STORED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
-    if (config.run is None) == (config.deployed is None):
-        raise ConfigError("Say what to evaluate: run=<run folder> or deployed=<deployed folder>.")
-    folder = Path(config.run or config.deployed)
+    if sum(value is not None for value in (config.run, config.deployed, config.sweep)) != 1:
+        raise ConfigError(
+            "Say what to evaluate: run=<run folder>, deployed=<deployed folder> or sweep=<folder of run folders>."
+        )
+    folder = Path(config.run or config.deployed or config.sweep)
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}.")
+    if config.sweep is not None:
+        _aggregate(folder, console)
+        return
     if config.run is not None:
         results = Run(stored_config(folder), folder, console).evaluate()
         table = folder / "results.csv"
@@ -134,6 +150,46 @@ def evaluate(config: DictConfig, console: Console) -> None:
     )
 
 
+def _aggregate(folder: Path, console: Console) -> None:
+    """One table of all runs of a multirun, and the same with a plot as files in its folder."""
+    sweep = read_sweep(folder)
+    write_text(folder / "sweep.csv", sweep.csv())
+    write_text(folder / "sweep.html", sweep.html())
+    console.print(sweep.render())
+    for name in ("sweep.csv", "sweep.html"):
+        console.print(f"[dim]written[/] {_shown(folder / name)}", highlight=False, soft_wrap=True)
+
+
+def _continued(arguments: list[str]) -> list[str]:
+    """The command line of the multirun that ``resume_sweep=<folder>`` continues; any other as it is.
+
+    Its jobs find their own folders again: finished ones are skipped stage by stage, a killed one goes on. From the
+    stored command line come only what sets the runs and the names of their folders: no permission, no plugin of Hydra.
+
+    Raises:
+        ConfigError: no multirun in the folder; arguments that would change it.
+    """
+    folders = [a.partition("=")[2] for a in arguments if a.split("=")[0] == "resume_sweep"]
+    if not folders or folders[-1] in ("", "null"):
+        return arguments
+    others = [a for a in arguments if a.split("=")[0] not in ("resume_sweep", "debug", "allow_targets", "-m")]
+    if others:
+        raise ConfigError(f"resume_sweep= continues a multirun as it was configured; leave out {', '.join(others)}.")
+    stored = Path(folders[-1]) / "multirun.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"resume_sweep={folders[-1]}: there is no multirun (a folder with a multirun.yaml).")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(stored), resolve=False)
+        overrides = content["hydra"]["overrides"]
+        lines = [str(line) for line in (*overrides["task"], *overrides["hydra"])]
+    except (OmegaConfBaseException, YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{stored} is damaged: {error}") from error
+    kept = [line for line in lines if (key := line.split("=")[0].lstrip("+~")) not in OF_THE_CALL
+            and (not key.startswith("hydra") or key.startswith(("hydra.sweep.subdir", "hydra.job.name")))]
+    given = [a for a in arguments if a.split("=")[0] in ("debug", "allow_targets")]
+    return ["-m", *kept, *given, f"hydra.sweep.dir={folders[-1]}"]
+
+
 def explain(error: Exception, config_folder: Path, config_name: str) -> str:
     """One paragraph for a user: what is wrong, and the nearest valid name."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
@@ -142,12 +198,16 @@ def explain(error: Exception, config_folder: Path, config_name: str) -> str:
         return f"{group}={choice}: there is no such choice{nearest(choice, error.options) or '.'} Choices: {choices}."
     if found := re.match(r"ConfigError raised while resolving interpolation: (.*)", str(error)):
         return found[1]
+    if found := re.match(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", str(error)):
+        return f"{found[2]} follows {found[1]}, which is not set here: give {found[2]}=<value>."
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         if found := re.search(r"Missing mandatory value: (\S+)", str(error)):
             return f"{found[1]} must be given: {found[1]}=<value>."
         found = re.search(r"(?:Could not override|Key) '([^']+)'", str(error))
+        if found and found[1].split(".")[:2] in [["recipe", key] for key in OVERRIDES]:
+            return f"{found[1]} is not set by this recipe; a plus sign adds it: +{found[1]}=<value>."
         if found:
-            keys = sorted(set(_known_keys(config_folder, config_name)))
+            keys = sorted({*_known_keys(config_folder, config_name), *(f"recipe.{key}" for key in OVERRIDES)})
             return f"There is no option {found[1]!r}{nearest(found[1], keys) or '.'} (--help lists all options.)"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 import qat
@@ -13,16 +14,18 @@ from qat.compression.distillation import Distillation
 from qat.deploy.checkpoint import MANIFEST
 from qat.errors import ConfigError, nearest
 from qat.pipeline.evaluation import MODELS
+from qat.training.averaging import check_decay
 from qat.training.build import allow_targets, check, check_arguments, plain
 from qat.training.callbacks import QuantizationSchedule
 
 # What describes the run, and is stored with it ...
 STORED = (
-    "seed", "fold", "model", "data", "recipe", "schedule", "loss", "metrics", "optimizer", "scheduler", "trainer",
-    "checkpoint", "early_stopping", "logger", "distill",
+    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "loss", "metrics", "optimizer", "scheduler",
+    "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
+    "distill",
 )  # fmt: skip
 # ... and what describes one call of the command.
-OF_THE_CALL = ("resume", "debug", "allow_targets", "run", "deployed")
+OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep")
 OF_THE_TEACHER = ("teacher", "teacher_model", "cache")
 """Keys of ``distill`` that say who teaches; the others are those of `qat.Distillation`."""
 OWN = "float"
@@ -51,11 +54,28 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         "schedule.",
     )
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
+    pruning = qat.Pruning.from_dict(values["prune"])
+    if pruning.masks and values["checkpoint"]["monitor"]:
+        raise ConfigError("checkpoint.monitor keeps the best weights, which may be from before the pruning was done: "
+                          "with prune= leave it out.")
     check_keys(values["checkpoint"], ("every_n_steps", "monitor", "mode"), "checkpoint.")
     check_keys(values["early_stopping"], ("monitor", "patience", "mode", "min_delta"), "early_stopping.")
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")
+    check_keys(values["weight_average"], ("decay",), "weight_average.")
+    if values["weight_average"]["decay"] is not None:
+        check_decay(values["weight_average"]["decay"])
+    if values["compile"] is not None:
+        if not isinstance(values["compile"], dict):
+            raise ConfigError("compile holds options of torch.compile, such as compile={mode: default}; null: none.")
+        check_arguments(torch.compile, list(values["compile"]), "compile")
     if not values["metrics"]:
         raise ConfigError("metrics needs at least one torchmetrics config: the first one is the score of the table.")
+    logged = ["train_loss", "val_loss", *(f"val_{name}" for name in values["metrics"])]
+    for section in ("checkpoint", "early_stopping"):
+        monitor = values[section]["monitor"]
+        if monitor is not None and monitor not in logged:
+            raise ConfigError(f"{section}.monitor: {monitor!r} is not logged{nearest(str(monitor), logged) or '.'} "
+                              f"Logged are {', '.join(logged)}.")
     for name in ("seed", "fold"):
         if not isinstance(values[name], int) or values[name] < 0:
             raise ConfigError(f"{name} must be a whole number of at least 0, not {values[name]!r}.")
@@ -68,7 +88,10 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         check(values["scheduler"], "scheduler", "optimizer")
     for name, metric in values["metrics"].items():
         check(metric, f"metrics.{name}")
-    written_out = {"recipe": read_recipe(values["recipe"]).to_dict(), "distill": distill_config(values["distill"])}
+    written_out = {
+        "recipe": read_recipe(values["recipe"]).to_dict(), "prune": pruning.to_dict(),
+        "distill": distill_config(values["distill"]),
+    }  # fmt: skip
     return {key: values[key] for key in STORED} | written_out
 
 

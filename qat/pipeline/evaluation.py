@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 import qat
+from qat.compression.channels import take_shapes
 from qat.errors import CheckpointError
 from qat.pipeline.storage import load_weights
 from qat.reporting import Results, Row
@@ -28,6 +30,22 @@ def weights_file(folder: Path, model: str) -> Path:
     return folder / "deployed" / "model.safetensors" if model == "deployed" else folder / model / "weights.safetensors"
 
 
+def channel_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors that channel pruning made smaller in the run ``folder``; empty without it.
+
+    Raises:
+        CheckpointError: the file that holds them is damaged.
+    """
+    path = folder / "ptq" / "pruned_shapes.json"
+    if not path.exists():
+        return {}
+    try:
+        shapes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return shapes
+
+
 def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inputs: Any) -> nn.Module:
     """One model of the table, in eval mode, with the weights of the run ``folder``.
 
@@ -40,6 +58,7 @@ def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inpu
     if model == "deployed":
         return qat.load(folder / "deployed", network).eval()
     if model in ("ptq", "qat"):
+        network = take_shapes(network, channel_shapes(folder))
         network = qat.prepare(network, qat.Recipe.from_dict(config["recipe"]), example_inputs)
     load_weights(network, weights_file(folder, model))
     return network.eval()
@@ -50,6 +69,7 @@ def measure(
     sizes: Mapping[str, int],
     batches: Iterable[tuple[Any, Tensor]],
     metrics: Mapping[str, Any],
+    loss: nn.Module,
     device: torch.device,
     repeats: int,
 ) -> Results:
@@ -58,13 +78,15 @@ def measure(
     Args:
         models: in eval mode.
         sizes: bytes of each model's weights file.
-        batches: (inputs, target); predictions are the argmax over dimension 1 of the output.
+        batches: (inputs, target).
         metrics: configs of torchmetrics by name; the first one is the score.
+        loss: says where the output has its classes (see `predictions`).
         device: where to run.
         repeats: timed passes for each model over the first batch.
     """
     metric_name, metric_config = next(iter(metrics.items()))
-    scores: dict[str, Metric] = {name: build(metric_config, f"metrics.{metric_name}").to(device) for name in models}
+    metric: Metric = build(metric_config, f"metrics.{metric_name}")
+    scores: dict[str, Metric] = {name: metric.clone().to(device) for name in models}
     agreement = {
         (name, other): MeanMetric().to(device) for name in models for other in ("float", "qat") if other in models
     }
@@ -78,8 +100,11 @@ def measure(
             outputs = {name: call_network(model, inputs) for name, model in models.items()}
             for name, output in outputs.items():
                 scores[name].update(output, target)
+            predicted = {name: predictions(output, target, loss) for name, output in outputs.items()}
             for (name, other), mean in agreement.items():
-                mean.update((outputs[name].argmax(1) == outputs[other].argmax(1)).float())
+                one, two = predicted[name], predicted[other]
+                if one is not None and two is not None:
+                    mean.update((one == two).float())
             if "deployed" in models and "qat" in models:
                 deployed, prepared = outputs["deployed"], outputs["qat"]
                 bit_equal &= torch.equal(deployed, prepared)
@@ -88,7 +113,7 @@ def measure(
         if first is None:
             raise CheckpointError("The test set is empty: there is nothing to measure.")
         latency = alternating_latency(models, first, repeats, device)
-    shares = {pair: float(mean.compute()) for pair, mean in agreement.items()}
+    shares = {pair: float(mean.compute()) for pair, mean in agreement.items() if mean.update_called}
     compared = "deployed" in models and "qat" in models
     return Results(
         metric=metric_name,
@@ -106,8 +131,26 @@ def measure(
         bit_equal=bit_equal if compared else None,
         greatest_difference=difference if compared else None,
         examples=examples,
-        batch_size=len(next(iter(first.values())) if isinstance(first, Mapping) else first),
+        batch_size=batch_size(first),
+        higher_is_better=metric.higher_is_better is not False,
+        proportion=(metric.plot_lower_bound, metric.plot_upper_bound) == (0.0, 1.0),
     )
+
+
+def predictions(output: Tensor, target: Tensor, loss: nn.Module) -> Tensor | None:
+    """The predicted class of each example, or of each position that counts; flat.
+
+    The classes are dimension ``loss.class_dim`` of the output; 1, as for torch's own losses, where the loss does not
+    say. None where there is no class to predict: the target is floating point, or the output has no such dimension.
+    """
+    dim = getattr(loss, "class_dim", 1)
+    if target.is_floating_point() or not -output.ndim <= dim < output.ndim:
+        return None
+    predicted = output.argmax(dim)
+    ignored = getattr(loss, "ignore_index", None)
+    if ignored is not None and predicted.shape == target.shape:
+        return predicted[target != ignored]
+    return predicted.flatten()
 
 
 def alternating_latency(
@@ -138,6 +181,13 @@ def move(inputs: Any, device: torch.device) -> Any:
 def first_example(inputs: Any) -> Any:
     """The first example of a batch of inputs, as a batch of one."""
     return _map(inputs, lambda tensor: tensor[:1])
+
+
+def batch_size(inputs: Any) -> int:
+    """Examples in a batch of inputs."""
+    while not isinstance(inputs, Tensor):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
+    return len(inputs)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -37,15 +37,48 @@ from rich.console import Console
 from torch import nn
 
 import qat
+from qat.compression.channels import pruned_shapes
+from qat.compression.pruning import Pruning, attach
 from qat.errors import ConfigError
-from qat.pipeline.evaluation import MODELS, first_example, load_model, measure, move, weights_file
+from qat.pipeline.evaluation import MODELS, channel_shapes, first_example, load_model, measure, move, weights_file
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
+from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
 from qat.training.callbacks import QuantizationSchedule
-from qat.training.data import ClassificationData, stream_seed
-from qat.training.module import QuantizedTraining
+from qat.training.data import ResumableData, stream_seed
+from qat.training.module import QuantizedTraining, call_network, shapes
+from qat.training.pruning import PruningSchedule
+
+
+def process_strategy(options: Mapping[str, Any]) -> str:
+    """Lightning's strategy for ``trainer`` options: processes that live as long as one training, or none.
+
+    A run is one process; only its trainings are shared. (Strategies that start the whole command again for each device
+    would run every stage several times in one folder.)
+
+    Raises:
+        ConfigError: another strategy, or several nodes.
+    """
+    strategy, devices = options.get("strategy") or "auto", options.get("devices", 1)
+    if strategy not in ("auto", "ddp_spawn", "ddp_fork"):
+        raise ConfigError(
+            f"trainer.strategy is {strategy!r}; a run shares its trainings with ddp_spawn (trainer.devices=2 chooses "
+            "it). For other strategies use QuantizedTraining under a trainer of your own."
+        )
+    if options.get("num_nodes", 1) != 1:
+        raise ConfigError("trainer.num_nodes: a run trains on one machine; use a trainer of your own for several.")
+    if strategy != "auto":
+        return str(strategy)
+    if devices in ("auto", -1, "-1"):
+        accelerated = options.get("accelerator") in ("auto", "gpu", "cuda")
+        count = torch.cuda.device_count() if accelerated and torch.cuda.is_available() else 1
+    elif isinstance(devices, str):
+        count = int(devices) if devices.isdigit() else len([d for d in devices.split(",") if d.strip()])
+    else:
+        count = len(devices) if isinstance(devices, list | tuple) else int(devices)
+    return "ddp_spawn" if count > 1 else "auto"
 
 
 class Run:
@@ -63,19 +96,36 @@ class Run:
         self.config, self.folder, self.console = config, folder, console or Console()
         self.recipe = qat.Recipe.from_dict(config["recipe"])
         self.schedule, self.distill = dict(config["schedule"]), dict(config["distill"])
-        self.data: ClassificationData = build(config["data"], "data")
+        self.pruning = Pruning.from_dict(config["prune"])
+        self.data: ResumableData = build(config["data"], "data")
         if not isinstance(self.data, L.LightningDataModule) or not hasattr(self.data, "calibration_dataloader"):
             raise ConfigError("data must build a LightningDataModule with a calibration_dataloader() method.")
         options = config["trainer"]
         check_arguments(L.Trainer, list(options), "trainer")
-        if not isinstance(options["max_epochs"], int) or options["max_epochs"] < 1:
-            raise ConfigError(
-                f"trainer.max_epochs must be a whole number of at least 1, not {options['max_epochs']!r}."
-            )
+        self.strategy = process_strategy(options)
         self.fast = bool(options.get("fast_dev_run"))
-        self.extra_epochs = max(1, round(self.schedule["epochs"] * options["max_epochs"]))
+        self.float_budget = self._budget(1.0)
+        self.extra_budget = self._budget(self.schedule["epochs"])
         cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
+
+    def _budget(self, share: float) -> dict[str, int]:
+        """This share of the float training's length, as options of the trainer: epochs, steps, or what ends first.
+
+        Raises:
+            ConfigError: a length that is not a whole number of at least 1, or none at all.
+        """
+        budget = {}
+        for name in ("max_epochs", "max_steps"):
+            value = self.config["trainer"].get(name)
+            if value in (None, -1):  # Lightning's words for "no limit"
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"trainer.{name} must be a whole number of at least 1, not {value!r}.")
+            budget[name] = max(1, round(share * value))
+        if not budget:
+            raise ConfigError("How long is the training? Set trainer.max_epochs or trainer.max_steps to at least 1.")
+        return budget
 
     def execute(self) -> Results:
         """Run what is not finished yet; returns the table.
@@ -86,10 +136,15 @@ class Run:
         """
         if not (self.folder / "stages" / "ptq.json").exists():
             # A recipe that does not fit the network is an error now, and not after an hour of float training.
-            qat.prepare(build(self.config["model"], "model"), self.recipe, self._example, inplace=True)
+            network = build(self.config["model"], "model")
+            _check_fit(network, self._example)
+            prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
+            if self.pruning.masks:
+                attach(prepared, self.pruning)
         teacher = None
         if self.distill["teacher"] is not None and not (self.folder / "stages" / "qat.json").exists():
-            teacher = check_distillation(self.config, self.folder, self._example)
+            student = self._cut(build(self.config["model"], "model"))[0]
+            teacher = check_distillation(self.config, self.folder, student, self._example)
             if self.distill["cache"]:
                 check_cache(self.data.train_dataloader())
         path = self.folder / "config.yaml"
@@ -110,9 +165,10 @@ class Run:
                 continue
             start = time.perf_counter()
             said = getattr(self, f"_{name}")()
-            write_text(done, json.dumps(said, indent=1))
+            seconds = time.perf_counter() - start
+            write_text(done, json.dumps({**said, "seconds": round(seconds, 1)}, indent=1))
             words = "  ".join(f"{key} {value}" for key, value in said.items())
-            self.console.print(f"{head} {words}  [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+            self.console.print(f"{head} {words}  [dim]{seconds:.1f} s[/]", highlight=False)
         results = self._results
         self.console.print(results.render())
         return results
@@ -123,10 +179,10 @@ class Run:
         torch.manual_seed(stream_seed(self.config["seed"]))
         module = self._module(None, 1.0)
         module.configure_model()
-        return self._fit("float", module, self.config["trainer"]["max_epochs"])
+        return self._fit("float", module, self.float_budget)
 
     def _control(self) -> dict[str, Any]:
-        """More float training with the very budget of the quantized training: epochs, learning rate, batches.
+        """More float training with the very budget of the quantized training: length, learning rate, batches.
 
         A teacher from elsewhere teaches the control too (and the float model before it). A run's own float model does
         not: the control starts as that model, and would only be held where it is.
@@ -134,29 +190,44 @@ class Run:
         module = self._module(None, self.schedule["learning_rate"])
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "float"))
-        return self._fit("control", module, self.extra_epochs)
+        return self._fit("control", module, self.extra_budget)
 
     def _ptq(self) -> dict[str, Any]:
-        network = qat.prepare(self._load("float"), self.recipe, self._example).to(self.device)
+        network, parameters = self._cut(self._load("float"))
+        write_text(self.folder / "ptq" / "pruned_shapes.json", json.dumps(pruned_shapes(network)))
+        network = qat.prepare(network, self.recipe, self._example).to(self.device)
         qat.calibrate(network, self._inputs(self.schedule["calibration_batches"]))
         save_weights(network, weights_file(self.folder, "ptq"))
-        return {"batches": self.schedule["calibration_batches"]}
+        return {"batches": self.schedule["calibration_batches"]} | parameters
+
+    def _cut(self, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The float network without its least important channels, where they are pruned, and the parameters left."""
+        if self.pruning.method != "channels":
+            return network, {}
+        options = self.pruning
+        network, report = qat.prune_channels(network.eval(), self._example, options.sparsity, options.multiple_of,
+                                             options.exclude, inplace=True)
+        return network, {"parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}"}
 
     def _qat(self) -> dict[str, Any]:
         module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"])
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
         phases = QuantizationSchedule(calibration_batches=0, **self.schedule["phases"])
-        return self._fit("qat", module, self.extra_epochs, phases)
+        pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
+        return self._fit("qat", module, self.extra_budget, phases, *pruning)
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load("qat").to(self.device)
+        if self.pruning.masks:
+            attach(prepared, self.pruning)  # the masks came with the weights; so coverage says what was pruned
         deployed, certificate = qat.convert(prepared, self._inputs(self.schedule["calibration_batches"]))
         qat.save(deployed, self.folder / "deployed")
         write_text(self.folder / "deployed" / "config.yaml", (self.folder / "config.yaml").read_text(encoding="utf-8"))
         write_text(self.folder / "certificate.json", json.dumps(certificate.to_dict(), indent=1))
         write_text(self.folder / "coverage.json", json.dumps(qat.coverage(prepared).to_dict(), indent=1))
-        return {"equal": certificate.to_dict()["equal"]}
+        found = {"zeros": f"{certificate.total_sparsity:.1%}"} if self.pruning.masks else {}
+        return {"equal": certificate.to_dict()["equal"]} | found
 
     def _table(self) -> dict[str, Any]:
         results = self._results = self.evaluate()
@@ -188,6 +259,7 @@ class Run:
             {name: path.stat().st_size for name, (_, path) in models.items()},
             itertools.islice(self.data.test_dataloader(), 1 if self.fast else None),
             self.config["metrics"],
+            build(self.config["loss"], "loss"),
             self.device,
             repeats=3 if self.fast else 30,
         )
@@ -216,18 +288,31 @@ class Run:
             optimizer=dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate),
             scheduler=config["scheduler"],
             metrics=config["metrics"],
+            prune=None if recipe is None else config["prune"],
+            pruned_shapes=None if recipe is None else channel_shapes(self.folder),
             scale_lr_factor=self.schedule["scale_learning_rate"],
             seed=config["seed"],
+            compile=config["compile"],
         )
 
-    def _fit(self, stage: str, module: QuantizedTraining, epochs: int, *callbacks: L.Callback) -> dict[str, Any]:
+    def _fit(
+        self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback
+    ) -> dict[str, Any]:
         """Train, continuing from the stage's last checkpoint if there is one, and save the weights."""
         folder, config = self.folder / stage, self.config
-        options = dict(config["trainer"], max_epochs=epochs)
+        options = dict(
+            config["trainer"], max_epochs=budget.get("max_epochs"), max_steps=budget.get("max_steps", -1),
+            strategy=self.strategy,
+        )  # fmt: skip
+        if isinstance(options.get("val_check_interval"), int) and "max_steps" in budget:
+            # A stage that is shorter than the interval is validated at its end.
+            batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
+            options["val_check_interval"] = min(options["val_check_interval"], batches)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )
         saving, stopping = config["checkpoint"], config["early_stopping"]
+        decay = config["weight_average"]["decay"]
         keep_last = ModelCheckpoint(
             folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=saving["every_n_steps"],
             enable_version_counter=False,
@@ -240,6 +325,7 @@ class Run:
             trainer = L.Trainer(
                 **options,
                 callbacks=[
+                    *([WeightAverage(decay)] if decay is not None else []),
                     *callbacks,
                     *([RichProgressBar(refresh_rate=5, leave=False)] if progress else []),
                     *([EarlyStopping(**stopping)] if stopping["monitor"] else []),
@@ -268,11 +354,12 @@ class Run:
                 raise KeyboardInterrupt from stop
             raise
         if keep_best and not self.fast:
-            best = torch.load(keep_best.best_model_path, map_location="cpu", weights_only=True)
+            best = torch.load(folder / "best" / "best.ckpt", map_location="cpu", weights_only=True)
             module.load_state_dict(best["state_dict"])
         save_weights(cast(nn.Module, module.network), weights_file(self.folder, stage))
         logged = trainer.callback_metrics.items()
-        return {"epochs": epochs} | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
+        length = {name.removeprefix("max_"): value for name, value in budget.items()}
+        return length | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
 
     def _kept_outputs(self, module: QuantizedTraining) -> contextlib.AbstractContextManager[Any]:
         """Where ``distill.cache`` asks for it, batches that hold what the teacher computes."""
@@ -314,3 +401,18 @@ class Run:
             title: {stage: sorted(points.items()) for stage, points in stages.items()}
             for title, stages in curves.items()
         }
+
+
+def _check_fit(network: nn.Module, example: Any) -> None:
+    """Run the network on one example of the data.
+
+    Raises:
+        ConfigError: it cannot take it (a wrong number of inputs or channels, say).
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            call_network(network.eval(), example)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        said = json.dumps(shapes(example))
+        raise ConfigError(f"model: {type(network).__name__} cannot take the inputs that data gives, {said}: "
+                          f"{str(error).strip().splitlines()[0]}. Set the options of model= to fit data=.") from error

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from safetensors.torch import load_model, save_model
+from safetensors import safe_open
+from safetensors.torch import save_model
 from torch import nn
 
 from qat.errors import CheckpointError, ConfigError
@@ -55,7 +56,10 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"{path} is missing: the run has not come that far. Continue it with resume={path.parents[1]}."
         )
     try:
-        load_model(network, path)
+        with safe_open(path, framework="pt") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            aliases = {name: owner for name, owner in (file.metadata() or {}).items() if owner in values}
+        network.load_state_dict(values | {name: values[owner] for name, owner in aliases.items()})
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} does not hold the weights of this network: {error}") from error
     except Exception as error:  # safetensors raises a class of its own that derives from Exception directly

@@ -1,10 +1,22 @@
 """Observers: what they have seen, and the scale and zero point that follow from it.
 
 Every observer keeps its state in buffers whose shapes are final from the start, so state dicts load at any time.
-Ranges of several processes can be merged: least and greatest values by min and max, histograms by addition.
+
+What several processes have seen since they last agreed (``mark``) is merged by two reductions, whose results do not
+depend on the order of the processes: a vector by minimum (least values, greatest ones negated), then one by addition
+(histograms on a common width, counts, sums). A process that saw nothing adds the neutral element of each::
+
+    extremes = reduce(min, [o.extremes() for o in observers])
+    additions = reduce(add, [o.additions(extremes) for o in observers])
+    for o in observers: o.merge(extremes, additions)                        # now all are equal, bit for bit
+
+:mod:`qat.calibration.processes` does this with all-reduces.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +32,23 @@ CANDIDATES = 100
 """How many clipping ranges a search tries."""
 
 
-class Observer(nn.Module):
+class KeepsPrecision(nn.Module):
+    """A module whose own tensors stay in their floating-point type when a model is cast: scales, ranges, histograms."""
+
+    def _apply(self, fn, recurse=True):
+        """Move and cast with the model, but without rounding anything of its own."""
+        kept = [(store, key, value) for store in (self._buffers, self._parameters)
+                for key, value in store.items() if value is not None and value.is_floating_point()]
+        kept = [(store, key, value.detach().clone()) for store, key, value in kept]
+        super()._apply(fn, recurse)
+        for store, key, value in kept:
+            moved = store[key]
+            if moved is not None and moved.dtype != value.dtype:
+                moved.data = value.to(moved.device)
+        return self
+
+
+class Observer(KeepsPrecision):
     """Least and greatest value seen, for each scale.
 
     Args:
@@ -37,8 +65,8 @@ class Observer(nn.Module):
         super().__init__()
         self.spec = spec
         size = affine.scale_shape(shape, spec) if shape is not None else ()
-        self.register_buffer("low", torch.full(size, torch.inf))
-        self.register_buffer("high", torch.full(size, -torch.inf))
+        self.register_buffer("low", torch.full(size, torch.inf, dtype=torch.float32))
+        self.register_buffer("high", torch.full(size, -torch.inf, dtype=torch.float32))
 
     @property
     def empty(self) -> bool:
@@ -81,25 +109,118 @@ class Observer(nn.Module):
         """Scale and zero point for what has been seen."""
         return affine.choose_qparams(self.low, self.high, self.spec)
 
+    aside: ClassVar[tuple[str, ...]] = ()
+    """Attributes beside the buffers that change with what is seen."""
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that has been seen, for :meth:`restore`."""
+        return ({name: value.clone() for name, value in self._buffers.items() if value is not None},
+                {name: copy.copy(getattr(self, name)) for name in self.aside})
+
+    def restore(self, snapshot: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+        """Forget what was seen since the snapshot."""
+        buffers, attributes = snapshot
+        for name, value in buffers.items():
+            getattr(self, name).copy_(value)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    # ---------------------------------------------------------------- several processes
+
+    def mark(self) -> None:
+        """Every process has seen the same until now: what comes from here on is news to the others."""
+
+    def unmark(self) -> None:
+        """This process goes on alone: nothing is news any more."""
+
+    @property
+    def rounds(self) -> int:
+        """How many batches the news holds one by one; 0 where their order does not matter."""
+        return 0
+
+    def extremes(self, rounds: int = 0, place: int = 0, places: int = 1) -> Tensor:
+        """The news that is merged by minimum: a vector, float64.
+
+        Args:
+            rounds: the greatest :attr:`rounds` of all processes.
+            place, places: with 0 and 1, the batches that the processes saw in one round count as parts of one batch;
+                with the rank and the number of processes, as batches of their own, in the order of the ranks.
+        """
+        return torch.cat([self.low.flatten(), -self.high.flatten()]).double()
+
+    def additions(self, extremes: Tensor) -> Tensor:
+        """The news that is merged by addition: a vector, float64; ``extremes`` are the merged ones."""
+        return self.low.new_zeros(0, dtype=torch.float64)
+
+    def merge(self, extremes: Tensor, additions: Tensor) -> None:
+        """Take over what all processes have seen, this one included, and :meth:`mark` it."""
+        low, high = extremes.chunk(2)
+        self.low.copy_(low.view_as(self.low))
+        self.high.copy_(-high.view_as(self.high))
+        self.mark()
+
 
 class MovingAverageObserver(Observer):
     """Exponential moving average of each batch's least and greatest value (Jacob et al. 2018)."""
 
     momentum = 0.1
+    aside = ("_news",)
+    _base: tuple[Tensor, Tensor] | None = None
+    _news: list[tuple[Tensor, Tensor]]
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+        super().__init__(spec, shape)
+        self._news = []
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        if self._base is not None:
+            self._news.append((low, high))
+        self.average(low, high)
+
+    def average(self, low: Tensor, high: Tensor) -> None:
+        """One step of the average; the first range is its start."""
         if self.empty:
-            super().update(x, low, high)
+            self.low.copy_(low)
+            self.high.copy_(high)
         else:
             self.low.lerp_(low, self.momentum)
             self.high.lerp_(high, self.momentum)
+
+    def mark(self) -> None:
+        self._base, self._news = (self.low.clone(), self.high.clone()), []
+
+    def unmark(self) -> None:
+        self._base, self._news = None, []
+
+    @property
+    def rounds(self) -> int:
+        return len(self._news)
+
+    def extremes(self, rounds: int = 0, place: int = 0, places: int = 1) -> Tensor:
+        vector = self.low.new_full((rounds, places, 2, self.low.numel()), torch.inf, dtype=torch.float64)
+        for index, (low, high) in enumerate(self._news):
+            vector[index, place, 0] = low.flatten()
+            vector[index, place, 1] = -high.flatten()
+        return vector.flatten()
+
+    def merge(self, extremes: Tensor, additions: Tensor) -> None:
+        assert self._base is not None
+        self.low.copy_(self._base[0])
+        self.high.copy_(self._base[1])
+        for low, high in extremes.to(self.low.dtype).view(-1, 2, *self.low.shape):
+            if not bool(torch.isinf(low).any()):  # else no process had a batch here
+                self.average(low, -high)
+        self.mark()
 
 
 class MeanMagnitudeObserver(Observer):
     """``mean |x|`` over everything seen: the scale of sign and ternary grids.
 
-    ``high`` holds the sum, ``low`` the count.
+    ``high`` holds the sum, ``low`` the count; float64, so that the order of the batches is lost in rounding the scale.
     """
+
+    aside = ("signs",)
+    _base: tuple[Tensor, Tensor] | None = None
 
     def reset(self) -> None:
         self.low.zero_()
@@ -117,6 +238,7 @@ class MeanMagnitudeObserver(Observer):
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
+        self.low, self.high = self.low.double(), self.high.double()
         self.reset()
 
     @property
@@ -124,10 +246,26 @@ class MeanMagnitudeObserver(Observer):
         return bool((self.low == 0).any())
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        count = x.numel() // max(1, self.low.numel())
         self.signs |= {bool(s) for s in (x < 0).aminmax()}
-        self.high += affine.mean_magnitude(x, self.spec) * count
-        self.low += count
+        self.high += affine.rows(x.abs(), self.spec).sum(-1, dtype=torch.float64).view_as(self.high)
+        self.low += x.numel() // max(1, self.low.numel())
+
+    def mark(self) -> None:
+        self._base = self.high.clone(), self.low.clone()
+
+    def extremes(self, rounds: int = 0, place: int = 0, places: int = 1) -> Tensor:
+        return -torch.tensor([True in self.signs, False in self.signs], dtype=torch.float64, device=self.low.device)
+
+    def additions(self, extremes: Tensor) -> Tensor:
+        assert self._base is not None
+        return torch.cat([(now - then).flatten() for now, then in zip((self.high, self.low), self._base)])
+
+    def merge(self, extremes: Tensor, additions: Tensor) -> None:
+        assert self._base is not None
+        self.signs = {sign for sign, seen in zip((True, False), extremes.tolist()) if seen}
+        for buffer, then, news in zip((self.high, self.low), self._base, additions.chunk(2)):
+            buffer.copy_(then + news.view_as(then))
+        self.mark()
 
     def qparams(self) -> tuple[Tensor, Tensor | None]:
         return affine.round_scale(self.high / self.low, self.spec), None
@@ -148,7 +286,9 @@ class HistogramObserver(Observer):
             raise SpecError(f"observer {spec.observer} keeps one histogram: it needs granularity: per_tensor "
                             f"(weights: minmax or mse)")
         self.register_buffer("histogram", torch.zeros(BINS, dtype=torch.float64))
-        self.register_buffer("width", torch.zeros(()))
+        self.register_buffer("width", torch.zeros((), dtype=torch.float32))
+
+    _base: tuple[Tensor, float] | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -163,17 +303,32 @@ class HistogramObserver(Observer):
         needed = float(torch.ldexp(torch.ones(()), torch.frexp(torch.tensor(reach / (BINS // 2)))[1]))
         if float(self.width) == 0.0:
             self.width.fill_(needed)
-        while float(self.width) < needed:
-            self.merge_bins()
+        self.widen(needed)
         index = (x.float() / self.width).floor_().add_(BINS // 2).clamp_(0, BINS - 1).long()
         self.histogram += torch.bincount(index.reshape(-1), minlength=BINS).to(self.histogram.dtype)
 
-    def merge_bins(self) -> None:
-        """Double the width: bins 2i and 2i + 1 become one, about the same zero."""
-        merged = self.histogram.view(-1, 2).sum(1)
-        self.histogram.zero_()
-        self.histogram[BINS // 4 : BINS // 4 + BINS // 2] = merged
-        self.width.mul_(2)
+    def widen(self, width: float) -> None:
+        """Make the bins at least ``width`` wide."""
+        self.histogram.copy_(_widened(self.histogram, float(self.width), width))
+        self.width.clamp_(min=width)
+
+    def mark(self) -> None:
+        self._base = self.histogram.clone(), float(self.width)
+
+    def extremes(self, rounds: int = 0, place: int = 0, places: int = 1) -> Tensor:
+        return torch.cat([super().extremes(), -self.width.double().view(1)])
+
+    def additions(self, extremes: Tensor) -> Tensor:
+        assert self._base is not None
+        width = -float(extremes[-1])
+        return _widened(self.histogram, float(self.width), width) - _widened(*self._base, width)
+
+    def merge(self, extremes: Tensor, additions: Tensor) -> None:
+        assert self._base is not None
+        width = -float(extremes[-1])
+        self.histogram.copy_(_widened(*self._base, width) + additions)
+        self.width.fill_(width)
+        super().merge(extremes[:-1], additions)
 
     def centers(self) -> Tensor:
         """The value at the middle of each bin, float64."""
@@ -189,6 +344,18 @@ class HistogramObserver(Observer):
         tried = [affine.choose_qparams(low, high, self.spec) for low, high in self.candidates()]
         losses = torch.stack([loss(scale, zero_point) for scale, zero_point in tried])
         return tried[int(losses.argmin())]
+
+
+def _widened(histogram: Tensor, width: float, target: float) -> Tensor:
+    """A histogram with bins of ``target``: while they are narrower, bins 2i and 2i + 1 become one, about one zero.
+
+    Both widths are powers of two; 0 is the width of a histogram that holds nothing.
+    """
+    while 0.0 < width < target:
+        wider = torch.zeros_like(histogram)
+        wider[BINS // 4 : BINS // 4 + BINS // 2] = histogram.view(-1, 2).sum(1)
+        histogram, width = wider, width * 2
+    return histogram
 
 
 class PercentileObserver(HistogramObserver):

@@ -13,29 +13,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qat.errors import CalibrationError, NotCalibratedError, SpecError
 from qat.kernels import ste
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.observers import make_observer
+from qat.quantizers.observers import KeepsPrecision, make_observer
 
 
-class Quantizer(nn.Module):
+class Quantizer(KeepsPrecision):
     """Base of all quantizers.
 
     Args:
         spec: completed by ``for_weight()`` or ``for_activation()``.
-        shape: shape of the weight; None for an activation.
+        shape: shape of the weight; for an activation None, or any shape with its number of columns (``per_column``).
 
     Attributes:
         name: dotted name in the model, for messages.
         observing: whether ranges move. Set by ``calibrate`` and the schedule; independent of ``train()``/``eval()``.
         floor, ceiling: clamp of an absorbed activation function (ReLU: 0 and None).
+        mask: bool, in the shape of the weight: False where the weight is pruned; None: nothing is. A buffer.
+        scores: float32, in the shape of the weight: what movement pruning trains; None elsewhere. A parameter.
     """
 
     is_quantizer = True
+    mask: Tensor | None
+    scores: nn.Parameter | None
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__()
@@ -45,10 +50,12 @@ class Quantizer(nn.Module):
         self.observing = False
         self.floor: float | None = None
         self.ceiling: float | None = None
+        self.register_buffer("mask", None)
+        self.register_parameter("scores", None)
 
     @property
     def is_weight(self) -> bool:
-        return self.shape is not None
+        return self.shape is not None and self.spec.granularity != "per_column"
 
     @property
     def calibrated(self) -> bool:
@@ -63,12 +70,41 @@ class Quantizer(nn.Module):
         """The absorbed activation function alone, in floating point."""
         return x if self.floor is None and self.ceiling is None else x.clamp(self.floor, self.ceiling)
 
+    def masked(self, x: Tensor) -> Tensor:
+        """The weight with pruned values at zero, which every grid that holds zero has a code for (level 0)."""
+        if self.mask is None:
+            return x
+        return torch.where(self.mask, x, 0.0) if self.scores is None else _Movement.apply(x, self.scores, self.mask)
+
     def observe(self, x: Tensor) -> None:
         """Take ``x`` into account for the range."""
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        """The codes of ``x``, with a carrier for the gradient where one is needed."""
+    def follow(self, x: Tensor) -> None:
+        """Observe ``x`` if the range is to follow the data now."""
+        if self.observing:
+            self.observe(x)
+
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        """Scale, zero point, grid and learned offset for ``x``: the arguments of :func:`qat.kernels.ste.quantize`.
+
+        Raises:
+            NotCalibratedError: there is no range yet.
+        """
         raise NotImplementedError
+
+    @property
+    def only_places(self) -> bool:
+        """Whether :meth:`placing` says all there is to quantizing: then others may do it in a way of their own."""
+        return type(self).quantize is Quantizer.quantize and not (self._forward_hooks or self._forward_pre_hooks)
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The codes of ``x``, with a carrier for the gradient where one is needed.
+
+        Raises:
+            NotCalibratedError: there is no range yet.
+        """
+        x = self.masked(x)
+        return ste.quantize(x, *self.placing(x))
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of ``x``, in its shape."""
@@ -85,18 +121,6 @@ class Quantizer(nn.Module):
         """This quantizer without its observer, parameters and history: what a deployed model keeps."""
         return self
 
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep scales and statistics in their own precision: they are never rounded."""
-        kept = [(store, key, value) for store in (self._buffers, self._parameters)
-                for key, value in store.items() if value is not None and value.is_floating_point()]
-        kept = [(store, key, value.detach().clone()) for store, key, value in kept]
-        super()._apply(fn, recurse)
-        for store, key, value in kept:
-            moved = store[key]
-            if moved is not None and moved.dtype != value.dtype:
-                moved.data = value.to(moved.device)
-        return self
-
     def extra_repr(self) -> str:
         if self.floor is None and self.ceiling is None:
             return f"{self.spec}"
@@ -105,11 +129,29 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A state dict without any of this quantizer's tensors is a float checkpoint: nothing is missing then."""
         own = set(self._parameters) | set(self._buffers)
-        if not own or any(key.startswith(prefix) for key in state_dict):
+        known = any(key.startswith(prefix) for key in state_dict)
+        if self.is_weight:
+            self._match_pruning(state_dict, prefix, known)
+        if not own or known:
             super()._load_from_state_dict(state_dict, prefix, *args)
             self.loaded()
         else:
             self.restart()
+
+    def _match_pruning(self, state_dict: dict[str, Any], prefix: str, known: bool) -> None:
+        """Have a mask and scores where the checkpoint has them; one without them is that of a dense model."""
+        empty: dict[str, Any] = {"mask": lambda like: torch.ones_like(like, dtype=torch.bool),
+                                 "scores": lambda like: torch.zeros_like(like, dtype=torch.float32)}
+        for key, make in empty.items():
+            own, stored = getattr(self, key), state_dict.get(prefix + key)
+            if own is None and stored is not None:
+                assert self.shape is not None
+                value = make(torch.empty(self.shape, device=stored.device))
+                setattr(self, key, nn.Parameter(value) if key == "scores" else value)
+            elif own is not None and stored is None:
+                own.data.copy_(make(own.data))
+                if known:
+                    state_dict[prefix + key] = own.data
 
     def loaded(self) -> None:
         """Called after a state dict was loaded."""
@@ -118,26 +160,48 @@ class Quantizer(nn.Module):
         """Called when a float checkpoint was loaded: what was derived from the old weights is void."""
 
 
+class _Movement(torch.autograd.Function):
+    """The masked weight; scores get the gradient that a soft mask would (Sanh et al. 2020, movement pruning).
+
+    ``dL/dscores = dL/dmasked * weight``, pruned positions included: so a weight that wants to move away from zero
+    comes back.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask):
+        ctx.save_for_backward(weight, mask)
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        weight, mask = ctx.saved_tensors
+        return torch.where(mask, gradient, 0.0), gradient.float() * weight, None
+
+
 class DynamicQuantizer(Quantizer):
     """The range of each tensor is taken from the tensor itself: dynamic activations, and weights by ``minmax``.
 
     It has no state, so a weight's scale follows the weight, and the first forward after ``load_state_dict`` is right.
     """
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
         seen = self.clamp(x.detach())
-        scale, zero_point = dynamic_qparams(seen, self.spec)
-        return ste.quantize(x, scale, zero_point, self.grid(clipped=not self.is_weight and not self._covers()))
+        scale, zero_point = dynamic_qparams(seen, self.spec, self.mask)
+        return scale, zero_point, self.grid(clipped=not self.is_weight and not self._covers()), None
 
     def _covers(self) -> bool:
         """Whether the range always holds the tensor, so that nothing is clipped."""
         return self.spec.fmt.grid != "sign" and self.floor is None and self.ceiling is None
 
 
-def dynamic_qparams(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for exactly this tensor."""
+def dynamic_qparams(x: Tensor, spec: TensorSpec, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for exactly this tensor; pruned values (``mask`` False) do not count for a mean."""
     if spec.fmt.grid == "sign" or spec.fmt.name == "ternary":
-        return affine.round_scale(affine.mean_magnitude(x, spec), spec), None
+        mean = affine.mean_magnitude(x, spec)
+        if mask is not None:
+            mean = mean / affine.mean_magnitude(mask.float(), spec).clamp(min=affine.TINY)
+        return affine.round_scale(mean, spec), None
     return affine.choose_qparams(*affine.reduce_range(x, spec), spec)
 
 
@@ -158,7 +222,7 @@ class StaticQuantizer(Quantizer):
         super().__init__(spec, shape)
         self.observer = make_observer(spec, shape)
         size = self.observer.low.shape
-        self.register_buffer("scale", torch.full(size, torch.nan))
+        self.register_buffer("scale", torch.full(size, torch.nan, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
         self.register_buffer("range_frozen", torch.zeros((), dtype=torch.bool))
         self._fixed_zero_point: int | None = None
@@ -213,14 +277,8 @@ class StaticQuantizer(Quantizer):
             self.scale.fill_(torch.nan)
             self._calibrated = False
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        """The codes of ``x``.
-
-        Raises:
-            NotCalibratedError: there is no range yet.
-        """
-        if self.observing:
-            self.observe(x)
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        self.follow(x)
         if not self._calibrated:
             if self.is_weight and self.observer.empty:
                 self.observe(x)
@@ -228,7 +286,7 @@ class StaticQuantizer(Quantizer):
         if not self._calibrated:
             raise NotCalibratedError(f"{self.name or 'quantizer'} has no range yet: run qat.calibrate(model, batches) "
                                      "first, or use dynamic: true")
-        return ste.quantize(x, self.scale, self.fixed_zero_point(), self.grid())
+        return self.scale, self.fixed_zero_point(), self.grid(), None
 
     def freeze(self) -> Quantizer:
         """A quantizer with this scale and zero point and nothing else.
@@ -261,9 +319,9 @@ class FrozenQuantizer(Quantizer):
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
-        self._zero_point: int | None = None if self.zero_point is None else 0
+        self._zero_point: Tensor | int | None = None if self.zero_point is None else 0
 
     @classmethod
     def holding(cls, source: Quantizer, scale: Tensor, zero_point: Tensor | int | None) -> FrozenQuantizer:
@@ -273,19 +331,26 @@ class FrozenQuantizer(Quantizer):
         frozen.training = source.training
         frozen.scale = scale.clone()
         if frozen.zero_point is not None:
-            frozen.zero_point = torch.as_tensor(zero_point or 0, dtype=torch.int32, device=scale.device)
+            zero_point = torch.as_tensor(0 if zero_point is None else zero_point, device=scale.device)
+            frozen.zero_point = zero_point.to(torch.int32).expand(scale.shape).clone()
         frozen.loaded()
         return frozen
 
     def loaded(self) -> None:
-        self._zero_point = None if self.zero_point is None else int(self.zero_point)
+        zero_point = self.zero_point
+        self._zero_point = int(zero_point) if zero_point is not None and zero_point.dim() == 0 else zero_point
 
-    def present(self) -> tuple[Tensor, int | None]:
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.loaded()
+        return self
+
+    def present(self) -> tuple[Tensor, Tensor | int | None]:
         """Scale and zero point."""
         return self.scale, self._zero_point
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        return ste.quantize(x, self.scale, self._zero_point, self.grid())
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        return self.scale, self._zero_point, self.grid(), None
 
 
 class LearnedQuantizer(StaticQuantizer):
@@ -306,8 +371,8 @@ class LearnedQuantizer(StaticQuantizer):
         if spec.scale_dtype != "float32" or spec.power_of_two:
             raise SpecError("a learned scale is free: leave out scale_dtype and power_of_two")
         size = self.scale.shape
-        self.log_scale = nn.Parameter(torch.full(size, torch.nan))
-        self.offset = nn.Parameter(torch.zeros(size)) if spec.learned == "lsq_plus" else None
+        self.log_scale = nn.Parameter(torch.full(size, torch.nan, dtype=torch.float32))
+        self.offset = nn.Parameter(torch.zeros(size, dtype=torch.float32)) if spec.learned == "lsq_plus" else None
 
     def settle(self) -> None:
         super().settle()
@@ -341,18 +406,16 @@ class LearnedQuantizer(StaticQuantizer):
             return scale, int(zero_point) if zero_point.dim() == 0 else zero_point.to(torch.int32)
         return scale, 0 if self.zero_point is not None else None
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
-        if self.observing and not self._calibrated:
-            self.observe(x)
+    def follow(self, x: Tensor) -> None:
+        """Only the start of a learned scale comes from what is observed."""
         if not self._calibrated:
-            if self.is_weight and self.observer.empty:
-                self.observe(x)
-            self.settle()
-        if not self._calibrated:
-            raise NotCalibratedError(f"{self.name or 'quantizer'} has no range to start from: run qat.calibrate(model, "
-                                     "batches) first")
+            super().follow(x)
+
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        super().placing(x)
         scale, zero_point = self.present()
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        # (a question about values would cut a compiled graph in two)
+        if not torch.compiler.is_compiling() and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
                                    "rate")
         per_scale = x.numel() / max(1, scale.numel())
@@ -360,22 +423,25 @@ class LearnedQuantizer(StaticQuantizer):
             per_scale /= max(1, x.shape[0])
         top = max(abs(self.spec.fmt.lo), self.spec.fmt.hi)
         grid = self.grid(learned=self.spec.learned, scale_gradient=1.0 / math.sqrt(max(1.0, per_scale) * top))
-        return ste.quantize(x, scale, zero_point, grid, self.offset)
+        return scale, zero_point, grid, self.offset
 
 
 def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None) -> Quantizer:
     """The quantizer a spec asks for.
 
     Args:
-        spec: as written in a recipe; defaults are filled in here.
-        shape: shape of the weight (output channels first); None for an activation.
+        spec: as written in a recipe; defaults are filled in here (``per_column``: an activation's, filled in already).
+        shape: shape of the weight (output channels first); None for an activation; a shape that ends in the number of
+            columns for an activation with a scale for each.
 
     Weights with ``observer: minmax`` follow their weight at every step; other observers are searched when observing.
     """
-    spec = spec.for_weight() if shape is not None else spec.for_activation()
+    columns = spec.granularity == "per_column"
+    if not columns:
+        spec = spec.for_weight() if shape is not None else spec.for_activation()
     if spec.learned:
         return LearnedQuantizer(spec, shape)
-    if spec.dynamic or (shape is not None and spec.observer in ("minmax", "moving_average")):
+    if spec.dynamic or (shape is not None and not columns and spec.observer in ("minmax", "moving_average")):
         return DynamicQuantizer(spec, shape)
     return StaticQuantizer(spec, shape)
 

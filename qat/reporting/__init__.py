@@ -1,6 +1,7 @@
-"""Results for people: the table on the terminal and as CSV, the HTML report."""
+"""Results for people: the table on the terminal and as CSV, the HTML report, many runs side by side."""
 
 from qat.reporting.html import report
+from qat.reporting.sweep import Sweep, read_sweep
 from qat.reporting.table import Results, Row, compare, read_csv
 
-__all__ = ["Results", "Row", "compare", "read_csv", "report"]
+__all__ = ["Results", "Row", "Sweep", "compare", "read_csv", "read_sweep", "report"]

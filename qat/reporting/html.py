@@ -73,20 +73,28 @@ def report(
         for name, lines in curves.items()
         if any(lines.values())
     )
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1>"
+    return page(
+        title,
         f"<p class='soft'>{results.examples} test examples. "
-        f"Latency is the median of one batch of {results.batch_size}.</p>"
-        f"<h2>Results</h2>{_table(headers, rows, 'results')}"
+        f"Latency is the median of one batch of {results.batch_size}."
+        + ("" if results.higher_is_better else f" {html.escape(results.title().capitalize())}: lower is better.")
+        + "</p>"
+        f"<h2>Results</h2>{table_of(headers, rows, 'results')}"
         f"<p class='verdict {verdict}'>{html.escape(results.parity())}</p>"
         + (f"<h2>Training</h2><div class='curves'>{figures}</div>" if figures else "")
         + f"<h2>Coverage</h2>{_value(coverage)}"
         f"<h2>Certificate</h2>{_value(certificate)}"
-        f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>"
-        "</body></html>\n"
+        f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>",
+    )
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained HTML page; ``body`` is markup."""
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1>{body}</body></html>\n"
     )
 
 
@@ -100,28 +108,11 @@ def line_chart(lines: Mapping[str, Curve], width: int = 460, height: int = 220) 
     points = [point for curve in kept.values() for point in curve]
     if not points:
         return "<p class='soft'>no values</p>"
-    left, right, top, bottom = 46, 8, 24, 22
-    x_ticks, y_ticks = (_ticks(min(values), max(values)) for values in zip(*points))
-    (x0, x1), (y0, y1) = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
-
-    def across(x: float) -> float:
-        return left + (x - x0) / (x1 - x0) * (width - left - right)
-
-    def down(y: float) -> float:
-        return height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
-
-    parts = [f"<svg viewBox='0 0 {width} {height}' role='img'>"]
-    for y in y_ticks:
-        parts.append(
-            f"<line x1='{left}' x2='{width - right}' y1='{down(y):.1f}' y2='{down(y):.1f}' stroke='var(--line)'/>"
-            f"<text x='{left - 6}' y='{down(y) + 4:.1f}' text-anchor='end'>{y:.6g}</text>"
-        )
-    for x in x_ticks:
-        anchor = "end" if x == x1 else "middle"
-        parts.append(f"<text x='{across(x):.1f}' y='{height - 6}' text-anchor='{anchor}'>{x:.6g}</text>")
-    at = float(left)
+    axes = _Axes(points, width, height)
+    parts = [axes.svg]
+    at = float(axes.LEFT)
     for (name, curve), color in zip(kept.items(), COLORS * (1 + len(kept) // len(COLORS))):
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in curve)
+        path = " ".join(f"{axes.across(x):.1f},{axes.down(y):.1f}" for x, y in curve)
         parts.append(
             f"<polyline points='{path}' fill='none' stroke='{color}' stroke-width='1.8' stroke-linejoin='round'/>"
             f"<circle cx='{at + 4:.0f}' cy='9' r='4' fill='{color}'/>"
@@ -129,6 +120,63 @@ def line_chart(lines: Mapping[str, Curve], width: int = 460, height: int = 220) 
         )
         at += 26 + 7 * len(name)
     return "".join(parts) + "</svg>"
+
+
+def scatter_chart(groups: Mapping[str, Curve], width: int = 760, height: int = 380) -> str:
+    """Points as inline SVG, one color and one line of legend for each group; those of ``"float ..."`` are hollow.
+
+    >>> scatter_chart({"w8a8": [(24692, 0.99)]}).count("<circle")
+    2
+    """
+    kept = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in groups.items()}
+    points = [point for group in kept.values() for point in group]
+    if not points:
+        return "<p class='soft'>no values</p>"
+    line = 15
+    axes = _Axes(points, width, height)
+    parts = [axes.svg.replace(f"0 0 {width} {height}", f"0 0 {width} {height + 8 + line * len(kept)}", 1)]
+    for number, ((name, group), color) in enumerate(zip(kept.items(), COLORS * (1 + len(kept) // len(COLORS)))):
+        fill = "none" if name.startswith("float ") else color
+        dot = f"r='4' fill='{fill}' stroke='{color}' stroke-width='1.5'"
+        parts += [f"<circle cx='{axes.across(x):.1f}' cy='{axes.down(y):.1f}' {dot}><title>{html.escape(name)}: "
+                  f"{y:.6g}, {x:,.0f} bytes</title></circle>" for x, y in group]
+        below = height + 8 + line * number
+        parts.append(f"<circle cx='{axes.LEFT + 4}' cy='{below}' {dot}/>"
+                     f"<text x='{axes.LEFT + 14}' y='{below + 4}'>{html.escape(name)}</text>")
+    return "".join(parts) + "</svg>"
+
+
+class _Axes:
+    """Where values lie in a figure: round numbers at the ends of both axes, and the opening of its SVG."""
+
+    LEFT, RIGHT, TOP, BOTTOM = 46, 8, 24, 22
+
+    def __init__(self, points: Curve, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        x_ticks, y_ticks = (_ticks(min(values), max(values)) for values in zip(*points))
+        self.x_ends, self.y_ends = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
+        parts = [f"<svg viewBox='0 0 {width} {height}' role='img'>"]
+        for y in y_ticks:
+            parts.append(
+                f"<line x1='{self.LEFT}' x2='{width - self.RIGHT}' y1='{self.down(y):.1f}' y2='{self.down(y):.1f}' "
+                f"stroke='var(--line)'/>"
+                f"<text x='{self.LEFT - 6}' y='{self.down(y) + 4:.1f}' text-anchor='end'>{y:.6g}</text>"
+            )
+        for x in x_ticks:
+            anchor = "end" if x == x_ticks[-1] else "middle"
+            parts.append(
+                f"<text x='{self.across(x):.1f}' y='{height - 6}' text-anchor='{anchor}'>"
+                f"{f'{x:,.0f}' if abs(x) >= 1e6 else f'{x:.6g}'}</text>"
+            )
+        self.svg = "".join(parts)
+
+    def across(self, x: float) -> float:
+        first, last = self.x_ends
+        return self.LEFT + (x - first) / (last - first) * (self.width - self.LEFT - self.RIGHT)
+
+    def down(self, y: float) -> float:
+        first, last = self.y_ends
+        return self.height - self.BOTTOM - (y - first) / (last - first) * (self.height - self.TOP - self.BOTTOM)
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -142,7 +190,8 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+def table_of(headers: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+    """A table of text, escaped; ``kind`` is its class."""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return (
@@ -167,11 +216,11 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         nested = {k: v for k, v in value.items() if isinstance(v, Mapping | list | tuple) and v}
         scalars = [[str(k).replace("_", " "), _text(v)] for k, v in value.items() if k not in nested]
-        out = _table(["", ""], scalars, "wide") if scalars else ""
+        out = table_of(["", ""], scalars, "wide") if scalars else ""
         return out + "".join(f"<h2>{html.escape(str(k).replace('_', ' '))}</h2>{_value(v)}" for k, v in nested.items())
     if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
         columns = list(dict.fromkeys(key for item in value for key in item))
-        return _table(
+        return table_of(
             [str(c).replace("_", " ") for c in columns], [[_text(i.get(c)) for c in columns] for i in value], "wide"
         )
     return f"<pre>{html.escape(_text(value))}</pre>"

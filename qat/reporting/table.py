@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Row:
 
     Attributes:
         model: a key of ``TITLES``.
-        score: the first metric of the run (accuracy in 0..1 by default).
+        score: the first metric of the run (accuracy in 0..1 by default; see ``Results.higher_is_better``).
         agreement_float: share of the predictions that equal the float model's; None where that was not measured.
         agreement_prepared: the same against the prepared model after training.
         bytes: size of the weights file.
@@ -54,6 +55,8 @@ class Results:
         greatest_difference: the largest absolute difference of a logit.
         examples: test examples.
         batch_size: examples in the batch that ``latency_ms`` was measured with.
+        higher_is_better: of the score.
+        proportion: whether the score is a share of 1, which is shown in percent.
     """
 
     metric: str
@@ -62,6 +65,12 @@ class Results:
     greatest_difference: float | None
     examples: int
     batch_size: int
+    higher_is_better: bool = True
+    proportion: bool = True
+
+    def title(self) -> str:
+        """The metric for people."""
+        return self.metric.replace("_", " ")
 
     def parity(self) -> str:
         """The sentence under the table."""
@@ -77,11 +86,11 @@ class Results:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers and rows as text, for the terminal and the HTML report."""
         whole = next((row.bytes for row in self.rows if row.model == "float"), None)
-        headers = ["model", self.metric, "as float", "as QAT", "bytes", "of float", "latency"]
+        headers = ["model", self.title(), "as float", "as QAT", "bytes", "of float", "latency"]
         return headers, [
             [
                 TITLES[row.model],
-                f"{row.score:.2%}" if 0 <= row.score <= 1 else f"{row.score:.4g}",
+                f"{row.score:.2%}" if self.proportion else f"{row.score:.5g}",
                 "" if row.agreement_float is None else f"{row.agreement_float:.2%}",
                 "" if row.agreement_prepared is None else f"{row.agreement_prepared:.2%}",
                 f"{row.bytes:,}",
@@ -98,11 +107,13 @@ class Results:
             "control: float, with the same extra training. QAT: prepared. deployed: integers.\n"
             "as float, as QAT: share of equal predictions. bytes: the weights file.\n"
             f"latency: median of one batch of {self.batch_size}, models alternating.\n"
+            + ("" if self.higher_is_better else f"{self.title()}: lower is better.\n")
         )
         caption.append(self.parity(), style={True: "bold green", False: "bold red", None: ""}[self.bit_equal])
         table = Table(title=f"{self.examples} test examples", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
         for i, header in enumerate(headers):
-            table.add_column(header, justify="right" if i else "left", no_wrap=True)
+            lines = textwrap.fill(header, 9, break_long_words=False)
+            table.add_column(lines, justify="right" if i else "left", no_wrap=True)
         for row, cells in zip(self.rows, rows):
             table.add_row(*cells, style="bold" if row.model == "deployed" else "")
         return table
@@ -143,6 +154,7 @@ def read_csv(path: Path) -> Results:
         return Results(
             last["metric"], rows, {"True": True, "False": False, "": None}[last["bit_equal"]],
             number(last["greatest_difference"]), int(last["examples"]), int(last["batch_size"]),
+            *({"True": True, "False": False}[last[key]] for key in ("higher_is_better", "proportion")),
         )  # fmt: skip
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} is not a results table: {error}") from error

@@ -1,17 +1,34 @@
 """Training under Lightning: the module, the schedule of a quantized run, and data that resumes to the batch."""
 
+from qat.training.averaging import WeightAverage
 from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
-from qat.training.data import DigitsDataModule, ImageDataModule, ResumableLoader
+from qat.training.data import DigitsDataModule, ImageDataModule, ResumableData, ResumableLoader
+from qat.training.finetune import QuantizationAware, deploy, quantize
 from qat.training.module import QuantizedTraining, WarmupCosine
+from qat.training.pruning import PruningSchedule
+from qat.training.sharding import shard
+from qat.training.text import LineDataModule, TextDataModule
+from qat.training.tokens import BitsPerByte, TokenCrossEntropy
 
 __all__ = [
+    "BitsPerByte",
     "DigitsDataModule",
     "ImageDataModule",
+    "LineDataModule",
+    "PruningSchedule",
+    "QuantizationAware",
     "QuantizationSchedule",
     "QuantizedTraining",
+    "ResumableData",
     "ResumableLoader",
+    "TextDataModule",
+    "TokenCrossEntropy",
     "WarmupCosine",
+    "WeightAverage",
     "allow_targets",
     "build",
+    "deploy",
+    "quantize",
+    "shard",
 ]

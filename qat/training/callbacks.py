@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Any, cast
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import distributed as dist
 from torch import nn
 
 import qat
+from qat.calibration import merge_batch_norm, merge_ranges, processes, start_merging
+from qat.calibration.ranges import activation_quantizers
 from qat.errors import ConfigError
-from qat.training.module import QuantizedTraining
+from qat.modules.normalization import QuantizedBatchNorm
+from qat.rewriter import prepared_state
+from qat.training.averaging import WeightAverage
 
 
 class QuantizationSchedule(L.Callback):
@@ -20,9 +32,15 @@ class QuantizationSchedule(L.Callback):
     What holds at a step is a function of the step alone (and of whether calibration has happened, which is saved), so
     a resumed run continues in the same state. Validation and testing never move a range: observing is off meanwhile.
 
+    It works with `QuantizedTraining`, and with any LightningModule that `quantize` made quantization-aware.
+
+    With several processes (DDP) ranges and batch-norm statistics are merged after each step, so that all processes have
+    the same scales at every step, bit for bit, and fold the same gains. ``Trainer(sync_batchnorm=True)`` works too.
+
     Args:
-        calibration_batches: batches of training data that set the static ranges before the first step; 0: the network
-            arrives calibrated.
+        calibration_batches: batches of training data that set the static ranges before the first step (and before the
+            sanity check); a network that arrives calibrated keeps its ranges. They come from the data module's
+            ``calibration_dataloader()``, if it has one. Several processes deal them out among themselves.
         observe: let the observers of static ranges follow the activations until the ranges are frozen.
         freeze_ranges_at: fraction of the run's optimizer steps; 1 or more: never.
         freeze_batch_norm_at: the same for batch-norm statistics.
@@ -45,7 +63,6 @@ class QuantizationSchedule(L.Callback):
         self.observe = observe
         self.freeze_ranges_at, self.freeze_batch_norm_at = freeze_ranges_at, freeze_batch_norm_at
         self.calibrated = False
-        self.total_steps = 0
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,23 +71,62 @@ class QuantizationSchedule(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.calibrated = state_dict["calibrated"]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        strategy: Any = trainer.strategy
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"{type(strategy).__name__} cannot train a quantized network under QuantizationSchedule: it takes "
+                "parameters apart that quantizers read whole. Use strategy=ddp, or qat.training.shard in a loop of "
+                "your own."
+            )
+        if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
+            strategy._layer_sync = SynchronizedBatchNorm()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The first validation comes before the first training step, and needs ranges too.
+        loop = trainer.fit_loop
+        fresh = loop._combined_loader is None
+        loop.setup_data()
+        self._calibrate(trainer, pl_module)
+        if fresh:
+            loop._combined_loader = None  # training sets it up at its own time, as without a sanity check
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        network = _network(pl_module)
-        self.total_steps = int(trainer.estimated_stepping_batches)
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
-        if not self.calibrated and self.calibration_batches:
-            qat.calibrate(network, _inputs(trainer, pl_module, self.calibration_batches))
+        self._calibrate(trainer, pl_module)
+        network = _network(pl_module)
+        if processes.several_processes():
+            start_merging(network)
+        self._enter(network, trainer)
+
+    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = _network(pl_module)
+        if processes.several_processes():
+            _check_batch_counts(trainer)
+        missing = any(not q.calibrated for q in activation_quantizers(network))
+        unseen = prepared_state(network).functions is None and not self.calibrated
+        if self.calibration_batches and (missing or unseen):
+            with _inputs(trainer, pl_module, self.calibration_batches) as inputs:
+                qat.calibrate(network, inputs, merge="batches" if _dealt(trainer) else "parts")
         self.calibrated = True
-        self._enter(network, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(_network(pl_module), trainer.global_step)
+        self._enter(_network(pl_module), trainer)
 
-    def _enter(self, network: nn.Module, step: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if processes.several_processes():
+            network = _network(pl_module)
+            if self._observing:
+                merge_ranges(network)
+            merge_batch_norm(network)
+
+    def _enter(self, network: nn.Module, trainer: L.Trainer) -> None:
         """Bring the network into the state of this step."""
-        progress = step / self.total_steps
+        progress = _progress(trainer)
         if progress >= self.freeze_ranges_at and not self._ranges_frozen:
             qat.set_observing(network, False)
             qat.freeze_ranges(network)
@@ -94,25 +150,104 @@ class QuantizationSchedule(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # After fit and not after training: a run resumed from its very last checkpoint has no step left to do.
         if self.reestimate_batches:
-            network = _network(pl_module)
-            qat.reestimate_batch_norm(network, _inputs(trainer, pl_module, self.reestimate_batches))
+            for average in (c for c in trainer.callbacks if isinstance(c, WeightAverage)):  # type: ignore[attr-defined]
+                average.apply(pl_module)  # the statistics are those of the weights that will be deployed
+            with _inputs(trainer, pl_module, self.reestimate_batches) as inputs:
+                qat.reestimate_batch_norm(_network(pl_module), inputs)
+
+
+class SynchronizedBatchNorm(LayerSync):
+    """What ``Trainer(sync_batchnorm=True)`` does to a prepared network: its batch norms stay and are still folded.
+
+    `QuantizationSchedule` puts it in the place of Lightning's plugin, which would exchange the modules.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return self._synchronize(model, True)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self._synchronize(model, False)
+
+    @staticmethod
+    def _synchronize(model: nn.Module, on: bool) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, QuantizedBatchNorm):
+                module.synchronized = on
+        return model
+
+
+def _check_batch_counts(trainer: L.Trainer) -> None:
+    """Processes with different numbers of batches would wait for each other for ever: say so instead.
+
+    Raises:
+        ConfigError: on all of them.
+    """
+    count = torch.tensor([float(trainer.num_training_batches)], dtype=torch.float64)
+    least, greatest = (processes.reduced(count, op).item() for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if least != greatest:
+        raise ConfigError(
+            f"One process has {least:g} training batches, another {greatest:g}: all need the same number. Use a "
+            "DistributedSampler, or limit_train_batches."
+        )
 
 
 def _network(pl_module: L.LightningModule) -> nn.Module:
-    network = cast(QuantizedTraining, pl_module).network
+    network = getattr(pl_module, "quantized_network", None)
     if network is None or not qat.is_prepared(network):
-        raise ConfigError("QuantizationSchedule needs a prepared network: give QuantizedTraining a recipe.")
+        raise ConfigError(
+            "QuantizationSchedule needs a prepared network: say qat.training.quantize(module, recipe), or give "
+            "QuantizedTraining a recipe."
+        )
     return network
 
 
-def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterable[Any]:
-    """The inputs of ``count`` training batches; the training loader keeps its position."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    loader = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else trainer.train_dataloader
-    assert loader is not None  # Lightning makes it before the first hook of the fit loop
-    position = loader.state_dict() if hasattr(loader, "state_dict") else None
-    split = cast(QuantizedTraining, pl_module).split
-    for batch in itertools.islice(loader, count):
-        yield pl_module.transfer_batch_to_device(split(batch)[0], pl_module.device, 0)
-    if position is not None:
-        loader.load_state_dict(position)
+def _progress(trainer: L.Trainer) -> float:
+    """The fraction of the run that is behind us; 0 where the run has no end."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step / trainer.estimated_stepping_batches
+    # Under manual optimization a batch may take any number of optimizer steps, so batches are counted.
+    batches = trainer.num_training_batches * (trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf)
+    by_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return max(by_batches / batches, trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0)
+
+
+@contextmanager
+def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterator[Iterable[Any]]:
+    """The network's inputs in ``count`` training batches; training loaders and random numbers stay where they are."""
+    feeding: Any = pl_module.feeding
+    with (
+        trainer.precision_plugin.forward_context(),
+        isolate_rng(),
+        feeding(_batches(trainer, pl_module, count)) as inputs,
+    ):
+        yield inputs
+
+
+def _dealt(trainer: L.Trainer) -> bool:
+    """Whether several processes deal out the same batches, instead of each having a part of each batch."""
+    return hasattr(trainer.datamodule, "calibration_dataloader")  # type: ignore[attr-defined]
+
+
+def _batches(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterator[Any]:
+    """The batches of this process: of the data module's ``calibration_dataloader``, or of the training loader."""
+    first, step = 0, 1
+    if _dealt(trainer):
+        loaders: Any = trainer.datamodule.calibration_dataloader()  # type: ignore[attr-defined]
+        combined = CombinedLoader(loaders, "max_size_cycle")
+        first, step = trainer.global_rank, trainer.world_size
+    else:
+        training = trainer.fit_loop._combined_loader
+        assert training is not None  # Lightning makes it before the first hook of the fit loop
+        combined = CombinedLoader(training.iterables, training._mode)
+    positions = [(part, part.state_dict()) for part in combined.flattened if hasattr(part, "state_dict")]
+    for part in combined.flattened:
+        if isinstance(part, Iterator):
+            raise ConfigError(
+                "The training data is an iterator: what calibration takes from it would be missing in training. Give "
+                "the data module a calibration_dataloader()."
+            )
+    for batch, _, _ in itertools.islice(combined, first, count, step):
+        converted = trainer.precision_plugin.convert_input(batch)
+        yield trainer.strategy.batch_to_device(converted, pl_module.device)
+    for part, position in positions:
+        part.load_state_dict(position)

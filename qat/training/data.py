@@ -1,4 +1,4 @@
-"""Data that can be resumed to the batch: a loader whose position is part of the checkpoint, and two data modules.
+"""Data that can be resumed to the batch: a loader whose position is part of the checkpoint, and data modules of images.
 
 Lightning restarts a plain ``DataLoader`` at batch 0 when a run is resumed in mid-epoch. `ResumableLoader` has
 ``state_dict``/``load_state_dict``, which Lightning stores with the loops, and draws its permutation and augmentation
@@ -8,7 +8,7 @@ from ``(seed, epoch, position)`` alone, so that a resumed run sees exactly the b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat.errors import ConfigError, nearest
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]  # (inputs: a tensor, a tuple or a dict of tensors; target)
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}  # suffix -> name of the builder in `datasets`
 
 
@@ -39,7 +39,7 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Tensor) -> Batch:
-        """The images (batch, channels, height, width) and class numbers (batch,) at ``indices`` (batch,)."""
+        """The inputs and the target at ``indices`` (batch,); the first dimension of each tensor is the batch."""
         ...
 
 
@@ -67,7 +67,7 @@ class ResumableLoader:
         batch_size: examples per batch and rank; the last batch is smaller unless ``drop_last``.
         shuffle: a new permutation each epoch; otherwise the order of ``examples``.
         seed: of the permutation and the augmentation.
-        augment: ``augment(images, generator)``; the generator is seeded from (seed, epoch, position).
+        augment: ``augment(inputs, generator)``; the generator is seeded from (seed, epoch, position).
         rank, world_size: the share of this process in a distributed run; all ranks have the same number of batches.
     """
 
@@ -79,7 +79,7 @@ class ResumableLoader:
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        augment: Callable[[Any, torch.Generator], Any] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -105,11 +105,11 @@ class ResumableLoader:
         while self.position < len(self):
             # Counted before the batch is handed out: the checkpoint that is written after this batch's step holds it.
             position, self.position = self.position, self.position + 1
-            images, labels = self.examples.fetch(order[position * self.batch_size : (position + 1) * self.batch_size])
+            inputs, target = self.examples.fetch(order[position * self.batch_size : (position + 1) * self.batch_size])
             if self.augment is not None:
                 generator = torch.Generator().manual_seed(stream_seed(self.seed, self.epoch, position, self.rank))
-                images = self.augment(images, generator)
-            yield images, labels
+                inputs = self.augment(inputs, generator)
+            yield inputs, target
 
     def _order(self) -> Tensor:
         count = len(self.examples)
@@ -129,26 +129,21 @@ class ResumableLoader:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-class ClassificationData(L.LightningDataModule):
+class ResumableData(L.LightningDataModule):
     """Base of the data modules: subclasses fill ``train``, ``val`` and ``test`` in `load`; loaders are made here.
 
     Args:
-        num_classes: labels must lie in 0..num_classes-1.
         batch_size: for training and evaluation.
         seed: of the shuffling and the augmentation; it does not change which example is in which split.
-        augment: random shifts of up to ``augment`` pixels (0: none), and horizontal flips where ``flip``.
     """
 
     train: Examples
     val: Examples
     test: Examples
 
-    def __init__(
-        self, num_classes: int, batch_size: int = 32, seed: int = 0, augment: int = 0, flip: bool = False
-    ) -> None:
+    def __init__(self, batch_size: int = 32, seed: int = 0) -> None:
         super().__init__()
-        self.num_classes, self.batch_size, self.seed = num_classes, batch_size, seed
-        self.shift, self.flip = augment, flip
+        self.batch_size, self.seed = batch_size, seed
         self._loaded = False
 
     def load(self) -> None:
@@ -165,8 +160,7 @@ class ClassificationData(L.LightningDataModule):
         return ResumableLoader(examples, self.batch_size, seed=self.seed, rank=rank, world_size=world_size, **options)
 
     def train_dataloader(self) -> ResumableLoader:
-        augment = self.augment if self.shift or self.flip else None
-        return self._loader(self.train, shuffle=True, augment=augment)
+        return self._loader(self.train, shuffle=True)
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader(self.val)
@@ -178,6 +172,26 @@ class ClassificationData(L.LightningDataModule):
         """Shuffled training examples without augmentation, the same ones in each call."""
         self.setup()
         return ResumableLoader(self.train, self.batch_size, shuffle=True, seed=self.seed)
+
+
+class ClassificationData(ResumableData):
+    """Base of the data modules of images.
+
+    Args:
+        num_classes: labels must lie in 0..num_classes-1.
+        batch_size, seed: see `ResumableData`.
+        augment: random shifts of up to ``augment`` pixels (0: none), and horizontal flips where ``flip``.
+    """
+
+    def __init__(
+        self, num_classes: int, batch_size: int = 32, seed: int = 0, augment: int = 0, flip: bool = False
+    ) -> None:
+        super().__init__(batch_size, seed)
+        self.num_classes = num_classes
+        self.shift, self.flip = augment, flip
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.train, shuffle=True, augment=self.augment if self.shift or self.flip else None)
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shift each image by up to ``self.shift`` pixels (zeros move in), flip half of them; (n, c, h, w) -> same."""
@@ -338,49 +352,17 @@ class ImageDataModule(ClassificationData):
         }  # fmt: skip
 
     def load(self) -> None:
-        splits = self._read()
-
-        def split(name: str) -> Any:
-            if name not in splits:
-                raise ConfigError(
-                    f"{self.dataset} has no split {name!r}{nearest(name, splits)}; it has {', '.join(splits)}."
-                )
-            return splits[name]
-
-        train = split(self.train_split)
+        splits = read_splits(self.dataset, self.config_name, self.train_split, "imagefolder", self.cache_dir)
+        train = named_split(splits, self.train_split, self.dataset)
         if self.test_split is None:
             train, test = self._hold_out(train, self.test_fraction)
         else:
-            test = split(self.test_split)
+            test = named_split(splits, self.test_split, self.dataset)
         if self.val_split is None:
             train, val = self._hold_out(train, self.val_fraction)
         else:
-            val = split(self.val_split)
+            val = named_split(splits, self.val_split, self.dataset)
         self.train, self.val, self.test = (self._examples(table) for table in (train, val, test))
-
-    def _read(self) -> dict[str, Any]:
-        """The splits by name."""
-        import datasets
-
-        path = Path(self.dataset).expanduser()
-        if not path.exists() and (path.is_absolute() or path.suffix in FILE_FORMATS or self.dataset.startswith(".")):
-            raise ConfigError(f"There is no file or folder {self.dataset}.")
-        options: dict[str, Any] = {"cache_dir": self.cache_dir}
-        try:
-            if not path.exists():
-                loaded = datasets.load_dataset(self.dataset, self.config_name, **options)
-            elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-                loaded = datasets.load_from_disk(str(path))
-            elif path.is_file():
-                loaded = datasets.load_dataset(_file_format(path), data_files=str(path), **options)
-            elif files := [f for f in sorted(path.rglob("*")) if f.suffix in FILE_FORMATS]:
-                # train-00000.parquet, test/0.parquet, ...: `datasets` finds the splits by these names
-                loaded = datasets.load_dataset(_file_format(files[0]), data_dir=str(path), **options)
-            else:
-                loaded = datasets.load_dataset("imagefolder", data_dir=str(path), **options)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(f"The data set {self.dataset!r} cannot be read: {error}") from error
-        return dict(loaded) if isinstance(loaded, dict) else {self.train_split: loaded}
 
     def _hold_out(self, table: Any, fraction: float) -> tuple[Any, Any]:
         if not 0 < fraction < 1 or len(table) < 2:
@@ -389,28 +371,80 @@ class ImageDataModule(ClassificationData):
         return parts["train"], parts["test"]
 
     def _examples(self, table: Any) -> ImageExamples:
-        for role, column in (("image_column", self.image_column), ("label_column", self.label_column)):
-            if column not in table.column_names:
-                raise ConfigError(
-                    f"{self.dataset} has no column {column!r}{nearest(column, table.column_names)}; it has "
-                    f"{', '.join(table.column_names)}. Set data.{role}."
-                )
-        if len(table) == 0:
-            raise ConfigError(f"{self.dataset}: a split has no examples.")
+        need_column(table, self.image_column, "image_column", self.dataset)
+        class_numbers(table, self.label_column, self.num_classes, self.dataset)
         import datasets
 
         if not isinstance(table.features[self.image_column], datasets.Image):
             table = table.cast_column(self.image_column, datasets.Image())
-        labels = np.array([-1 if v is None else v for v in table[self.label_column]])
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise ConfigError(f"{self.dataset}: column {self.label_column!r} holds {labels.dtype}, not class numbers.")
-        if labels.min() < 0:
-            raise ConfigError(
-                f"{self.dataset}: {int((labels < 0).sum())} examples have no label; use a labelled split."
-            )
-        if labels.max() >= self.num_classes:
-            raise ConfigError(f"{self.dataset} has label {labels.max()}, but data.num_classes is {self.num_classes}.")
         return ImageExamples(table, self.image_column, self.label_column, **self.image_options)
+
+
+def read_splits(
+    dataset: str, config_name: str | None, unnamed: str, folder_format: str, cache_dir: str | None
+) -> dict[str, Any]:
+    """The `datasets` tables of a set, by split.
+
+    Args:
+        dataset: a hub name, a parquet or arrow file, a folder of such files, a folder that ``save_to_disk`` wrote, or
+            any other folder, which the builder ``folder_format`` then reads.
+        unnamed: name for the only table of a set without splits.
+
+    Raises:
+        ConfigError: it is not there, or cannot be read.
+    """
+    import datasets
+
+    path = Path(dataset).expanduser()
+    if not path.exists() and (path.is_absolute() or path.suffix in FILE_FORMATS or dataset.startswith(".")):
+        raise ConfigError(f"There is no file or folder {dataset}.")
+    options: dict[str, Any] = {"cache_dir": cache_dir}
+    try:
+        if not path.exists():
+            loaded = datasets.load_dataset(dataset, config_name, **options)
+        elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            loaded = datasets.load_dataset(_file_format(path), data_files=str(path), **options)
+        elif files := [f for f in sorted(path.rglob("*")) if f.suffix in FILE_FORMATS]:
+            # train-00000.parquet, test/0.parquet, ...: `datasets` finds the splits by these names
+            loaded = datasets.load_dataset(_file_format(files[0]), data_dir=str(path), **options)
+        else:
+            loaded = datasets.load_dataset(folder_format, data_dir=str(path), **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"The data set {dataset!r} cannot be read: {error}") from error
+    return dict(loaded) if isinstance(loaded, dict) else {unnamed: loaded}
+
+
+def named_split(splits: Mapping[str, Any], name: str, dataset: str) -> Any:
+    """One of ``splits``; ConfigError with the nearest name if it is not there."""
+    if name not in splits:
+        raise ConfigError(f"{dataset} has no split {name!r}{nearest(name, splits)}; it has {', '.join(splits)}.")
+    return splits[name]
+
+
+def need_column(table: Any, column: str, role: str, dataset: str) -> None:
+    """ConfigError where the table lacks the column that the option ``role`` names, or has no rows."""
+    if column not in table.column_names:
+        raise ConfigError(
+            f"{dataset} has no column {column!r}{nearest(column, table.column_names)}; it has "
+            f"{', '.join(table.column_names)}. Set data.{role}."
+        )
+    if len(table) == 0:
+        raise ConfigError(f"{dataset}: a split has no examples.")
+
+
+def class_numbers(table: Any, column: str, num_classes: int, dataset: str) -> np.ndarray:
+    """The labels of a table as integers in 0..num_classes-1; ConfigError where they are not, or are missing."""
+    need_column(table, column, "label_column", dataset)
+    labels = np.array([-1 if v is None else v for v in table[column]])
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(f"{dataset}: column {column!r} holds {labels.dtype}, not class numbers.")
+    if labels.min() < 0:
+        raise ConfigError(f"{dataset}: {int((labels < 0).sum())} examples have no label; use a labelled split.")
+    if labels.max() >= num_classes:
+        raise ConfigError(f"{dataset} has label {labels.max()}, but data.num_classes is {num_classes}.")
+    return labels
 
 
 def _file_format(path: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
+from qat.compression.channels import take_shapes
 from qat.compression.distillation import Distillation, Distiller
+from qat.compression.pruning import Pruning, attach
 from qat.compression.teacher_outputs import Taught
 from qat.errors import ConfigError
+from qat.tracing import uncompiled
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
 
@@ -61,8 +66,15 @@ class QuantizedTraining(L.LightningModule):
         scheduler: config of a scheduler without ``optimizer``, stepped after each step; the value ``"total_steps"``
             stands for the number of optimizer steps of the run.
         metrics: configs of torchmetrics by name, each updated with (output, target).
+        prune: ``qat.Pruning(...).to_dict()``: the quantized network gets masks (and scores) from the start, which
+            :class:`~qat.training.PruningSchedule` then moves; or None.
+        pruned_shapes: what :func:`~qat.compression.channels.pruned_shapes` said of a network without all its channels,
+            when ``network`` is the config of the whole one.
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
+        compile: options of ``torch.compile`` for the network, or None: not compiled. While ranges are observed the
+            network runs uncompiled. What it compiles to is no part of the network: copies, checkpoints and ``convert``
+            see the same modules as ever.
         seed: each training step reseeds the global generator from (seed, epoch, batch): dropout repeats on resume.
         distill: options of `qat.Distillation`, or None. ``train_loss`` is then the combined one, and its parts are
             logged too; validation and testing measure ``loss`` alone.
@@ -81,9 +93,12 @@ class QuantizedTraining(L.LightningModule):
         optimizer: Mapping[str, Any] = ADAMW,
         scheduler: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        prune: Mapping[str, Any] | None = None,
+        pruned_shapes: Mapping[str, Any] | None = None,
         scale_lr_factor: float = 0.1,
         target_key: str = "labels",
         seed: int = 0,
+        compile: Mapping[str, Any] | None = None,
         distill: Mapping[str, Any] | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
@@ -95,7 +110,8 @@ class QuantizedTraining(L.LightningModule):
         options: dict[str, Any] = {
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
-            "scale_lr_factor": scale_lr_factor, "target_key": target_key, "seed": seed, "distill": distill,
+            "prune": prune, "pruned_shapes": pruned_shapes or {}, "scale_lr_factor": scale_lr_factor,
+            "target_key": target_key, "seed": seed, "compile": compile, "distill": distill,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -118,6 +134,7 @@ class QuantizedTraining(L.LightningModule):
         network = self.network if self.network is not None else build(self.hparams["network"], "network")
         if not isinstance(network, nn.Module):
             raise ConfigError(f"network builds a {type(network).__name__}, not an nn.Module.")
+        network = take_shapes(network, self.hparams["pruned_shapes"])
         [teacher] = self._teacher
         if teacher is not None:
             # Before the swap: the float network can be run on example inputs, a prepared one has no ranges yet.
@@ -134,6 +151,11 @@ class QuantizedTraining(L.LightningModule):
             )
             if self.distiller is not None:
                 self.distiller.check(network)
+            pruning = Pruning.from_dict(self.hparams["prune"])
+            if pruning.masks:
+                attach(network, pruning)
+        if self.hparams["compile"] is not None:
+            network.compile(**self.hparams["compile"])
         self.network = network
         self._configured = True
 
@@ -143,6 +165,15 @@ class QuantizedTraining(L.LightningModule):
             state = checkpoint["state_dict"]
             for name in [name for name in state if name.startswith("distiller.")]:
                 del state[name]
+    @property
+    def quantized_network(self) -> nn.Module | None:
+        """The network; prepared, if there is a recipe, once ``configure_model`` has run."""
+        return self.network
+
+    @contextmanager
+    def feeding(self, batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
+        """The network's inputs in these batches, for `qat.calibrate` and the like."""
+        yield (self.split(batch)[0] for batch in batches)
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """A batch as (inputs, target)."""
@@ -162,7 +193,9 @@ class QuantizedTraining(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.split(batch)
         if self.hparams["distill"] is None:
-            loss: Tensor = self.loss(self(inputs), target)
+            with uncompiled() if self.observing() else contextlib.nullcontext():
+                output = self(inputs)
+            loss: Tensor = self.loss(output, target)
         else:
             loss = self._taught_loss(inputs, target, batch)
         self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
@@ -175,19 +208,27 @@ class QuantizedTraining(L.LightningModule):
                 "This module learns from a teacher, which no checkpoint holds: pass teacher= to train it, or "
                 "distill=None to train it on the labels alone."
             )
-        with self.distiller.watching(cast(nn.Module, self.network)) as said:
+        looking = self.distiller.watching(cast(nn.Module, self.network))
+        with uncompiled() if self.observing() else contextlib.nullcontext(), looking as said:
             output = self(inputs)
         known = isinstance(batch, tuple | list) and isinstance(batch[1], Taught)
         told = batch[1].told if known else self.distiller.ask(inputs)
-        parts = self.distiller.losses(output, said, told, target, getattr(self.loss, "ignore_index", None))
+        torchs = type(self.loss) is nn.CrossEntropyLoss and isinstance(output, Tensor) and output.ndim > 1
+        dim = getattr(self.loss, "class_dim", 1 if torchs else None)
+        parts = self.distiller.losses(output, said, told, target, getattr(self.loss, "ignore_index", None), dim)
         task: Tensor = self.loss(output, target)
         self.log_dict({f"train_{name}_loss": part for name, part in {"task": task, **parts}.items()}, on_epoch=False)
         return self.distiller.combine(task, parts)
 
+    def observing(self) -> bool:
+        """Whether a compiled network must run uncompiled now, because some quantizer follows what it sees."""
+        return self.hparams["compile"] is not None and any(getattr(m, "observing", False) for m in self.modules())
+
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)
         output = self(inputs)
-        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target))
+        # averaged over the processes: early stopping and the choice of the best must agree on all of them
+        self.log(f"{stage}_loss", self.loss(output, target), on_epoch=True, batch_size=len(target), sync_dist=True)
         metrics.update(output, target)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(target))
 
@@ -255,19 +296,21 @@ def zeros(described: Any) -> Any:
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters in up to three groups, named by ``role``.
+    """The trainable parameters in up to four groups, named by ``role``.
 
     "weights" have the optimizer's weight decay; "offsets" (biases and the parameters of norms: everything with less
-    than two dimensions) and "scales" (learned quantizer scales) have none.
+    than two dimensions), "scales" (learned quantizer scales) and "scores" (of movement pruning) have none.
     """
     of_quantizers = {
         id(p) for m in network.modules() if getattr(m, "is_quantizer", False) for p in m.parameters()
     }  # fmt: skip
-    roles: dict[str, list[nn.Parameter]] = {"weights": [], "offsets": [], "scales": []}
+    roles: dict[str, list[nn.Parameter]] = {"weights": [], "offsets": [], "scales": [], "scores": []}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in of_quantizers or ".log_scale" in f".{name}":
+        if name.endswith("weight_quantizer.scores"):
+            roles["scores"].append(parameter)
+        elif id(parameter) in of_quantizers or ".log_scale" in f".{name}":
             roles["scales"].append(parameter)
         else:
             roles["weights" if parameter.ndim > 1 else "offsets"].append(parameter)

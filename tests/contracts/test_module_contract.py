@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import qat
 from qat.deploy.convert import freeze
 from qat.modules.base import REGISTRY, QuantizedModule
+from qat.modules.composite import Composite
 from qat.numerics import packing
 
 
@@ -22,7 +24,7 @@ class Case:
     """How to build a module of one type, and a batch of inputs for it."""
 
     build: Callable[[], nn.Module]
-    inputs: Callable[[], tuple[Tensor, ...]]
+    inputs: Callable[[], tuple[Any, ...]]
 
 
 CASES: dict[type[nn.Module], Case] = {
@@ -37,8 +39,39 @@ CASES: dict[type[nn.Module], Case] = {
     nn.ConvTranspose3d: Case(lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, output_padding=1),
                              lambda: (torch.randn(1, 2, 2, 3, 2),)),
     qat.Add: Case(qat.Add, lambda: (torch.randn(3, 4), torch.randn(3, 4))),
+    qat.MatMul: Case(qat.MatMul, lambda: (torch.randn(3, 4, 6), torch.randn(3, 6, 5))),
     qat.Concat: Case(lambda: qat.Concat(1), lambda: (torch.randn(3, 4), torch.randn(3, 2))),
+    nn.LSTM: Case(lambda: nn.LSTM(6, 4, num_layers=2, bidirectional=True, batch_first=True),
+                  lambda: (torch.randn(3, 5, 6),)),
+    nn.GRU: Case(lambda: nn.GRU(6, 4, bidirectional=True, batch_first=True),
+                 lambda: (torch.randn(3, 5, 6),)),
+    nn.RNN: Case(lambda: nn.RNN(6, 4, num_layers=2, batch_first=True), lambda: (torch.randn(3, 5, 6),)),
+    nn.LSTMCell: Case(lambda: nn.LSTMCell(6, 4), lambda: (torch.randn(3, 6), (torch.randn(3, 4), torch.randn(3, 4)))),
+    nn.GRUCell: Case(lambda: nn.GRUCell(6, 4), lambda: (torch.randn(3, 6), torch.randn(3, 4))),
+    nn.MultiheadAttention: Case(lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
+                                lambda: (torch.randn(3, 4, 8), torch.randn(3, 5, 8), torch.randn(3, 5, 8))),
+    nn.RNNCell: Case(lambda: nn.RNNCell(6, 4), lambda: (torch.randn(3, 6), torch.randn(3, 4))),
 }
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
+def joined(result: Any) -> Tensor:
+    """All that a module returned as one tensor: recurrent layers return their states too."""
+    return result if isinstance(result, Tensor) else torch.cat([t.reshape(-1) for t in tensors(result)])
+
+
+def as_dtype(x: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, x)
+
+
+def products(module: QuantizedModule) -> list[tuple[QuantizedModule, str]]:
+    """Each module inside that has a quantized weight, and the weight's name in the state dict."""
+    if isinstance(module, Composite):
+        return [(p, p.source.weight) for p in module.parts.values()]
+    return [] if module.plan.weight is None else [(module, "weight")]
 
 
 def test_every_registered_type_has_a_case() -> None:
@@ -59,11 +92,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 class TestContract:
     def recipe(self, kind: type[nn.Module], scheme: str) -> dict[str, Any]:
         rule = {"match": {"type": kind.__name__}, **RECIPES[scheme]}
-        if scheme == "weight only" and kind in (qat.Add, qat.Concat):
+        if scheme == "weight only" and kind in (qat.Add, qat.Concat, qat.MatMul):
             rule["input"] = "int8"                  # they have no weight
         return {"rules": [rule]}
 
-    def prepared(self, kind: type[nn.Module], scheme: str) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
+    def prepared(self, kind: type[nn.Module], scheme: str) -> tuple[Any, Any, tuple[Any, ...]]:
         model, x = CASES[kind].build(), CASES[kind].inputs()
         result = qat.prepare(model, self.recipe(kind, scheme), example_inputs=x)
         return model, qat.calibrate(result, [x]), x
@@ -83,7 +116,7 @@ class TestContract:
         assert isinstance(result, kind)
         assert not result.training
         for name, parameter in parameters.items():
-            assert getattr(result, name) is parameter
+            assert result.get_parameter(name) is parameter
             assert parameter.requires_grad == wanted[name]
         x = CASES[kind].inputs()
         qat.calibrate(result, [x])
@@ -104,8 +137,10 @@ class TestContract:
     def test_forward_shapes_and_values_are_near_the_float_ones(self, kind: type[nn.Module], scheme: str) -> None:
         model, result, x = self.prepared(kind, scheme)
         y, expected = result(*x), model(*x)
-        assert y.shape == expected.shape
-        assert y.dtype == expected.dtype
+        assert type(y) is type(expected)
+        assert [t.shape for t in tensors(y)] == [t.shape for t in tensors(expected)]
+        assert [t.dtype for t in tensors(y)] == [t.dtype for t in tensors(expected)]
+        y, expected = joined(y), joined(expected)
         error = float((y - expected).detach().abs().max() / expected.detach().abs().max())
         assert error < (0.35 if scheme in ("learned", "weight only") else 0.05)
         if kind is not nn.Embedding or scheme != "output":
@@ -114,40 +149,41 @@ class TestContract:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_dtype_is_kept(self, kind: type[nn.Module], scheme: str, dtype: torch.dtype) -> None:
         model = CASES[kind].build().to(dtype)
-        x = tuple(t.to(dtype) if t.is_floating_point() else t for t in CASES[kind].inputs())
+        x = as_dtype(CASES[kind].inputs(), dtype)
         result = qat.calibrate(qat.prepare(model, self.recipe(kind, scheme)), [x])
         assert all(p.dtype == dtype for n, p in result.named_parameters() if "quantizer" not in n)
         assert all(b.dtype == torch.float32 for n, b in result.named_buffers() if n.endswith("scale"))
         with torch.no_grad():
-            assert result.eval()(*x).dtype == dtype
-        assert result(*x).dtype == dtype
+            assert all(t.dtype == dtype for t in tensors(result.eval()(*x)))
+        assert all(t.dtype == dtype for t in tensors(result(*x)))
         deployed, _ = qat.convert(result, [x])
-        assert deployed(*x).dtype == dtype
+        assert all(t.dtype == dtype for t in tensors(deployed(*x)))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_dtype_may_change_after_prepare(self, kind: type[nn.Module], scheme: str, dtype: torch.dtype) -> None:
         _, result, x = self.prepared(kind, scheme)
         result.to(dtype)
-        x = tuple(t.to(dtype) if t.is_floating_point() else t for t in x)
-        y = result.eval()(*x)
+        x = as_dtype(x, dtype)
+        y = joined(result.eval()(*x))
         with torch.no_grad():
-            assert torch.equal(result(*x), y)
+            assert torch.equal(joined(result(*x)), y)
         assert y.dtype == dtype
         deployed, _ = qat.convert(result, [x])
-        assert torch.equal(deployed(*x), y)
+        assert torch.equal(joined(deployed(*x)), y)
         assert all(b.dtype == torch.float32 for n, b in deployed.named_buffers() if n.endswith("scale"))
 
     def test_every_trained_parameter_gets_a_gradient(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
         result.train()
-        x = tuple(t.requires_grad_() if t.is_floating_point() else t for t in x)
-        y = result(*x)
+        for t in tensors(x):
+            t.requires_grad_(t.is_floating_point())
+        y = joined(result(*x))
         (y * torch.randn(y.shape)).sum().backward()
         for name, parameter in result.named_parameters():
             assert parameter.grad is not None, name
             assert bool(torch.isfinite(parameter.grad).all()), name
             assert bool(parameter.grad.any()), name
-        for t in x:
+        for t in tensors(x):
             assert not t.is_floating_point() or bool(t.grad.any())
 
     def test_a_float_checkpoint_loads(self, kind: type[nn.Module], scheme: str) -> None:
@@ -159,73 +195,77 @@ class TestContract:
             assert torch.equal(result.state_dict()[name], value)
         fresh = qat.calibrate(qat.prepare(other, self.recipe(kind, scheme)), [x])
         if scheme in ("dynamic", "weight only"):
-            assert torch.equal(result.eval()(*x), fresh.eval()(*x)), "something of the old weight is left"
+            same = torch.equal(joined(result.eval()(*x)), joined(fresh.eval()(*x)))
+            assert same, "something of the old weight is left"
 
     def test_state_dict_round_trip(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
         result.eval()
-        expected = result(*x)
+        expected = joined(result(*x))
         fresh = qat.prepare(CASES[kind].build(), self.recipe(kind, scheme)).eval()
         assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k,
                 v in result.state_dict().items()}
         fresh.load_state_dict(result.state_dict(), strict=True)
-        assert torch.equal(fresh(*x), expected)
+        assert torch.equal(joined(fresh(*x)), expected)
 
     def test_deepcopy(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
-        expected = result.eval()(*x)
+        expected = joined(result.eval()(*x))
         twin = copy.deepcopy(result)
-        assert torch.equal(twin(*x), expected)
+        assert torch.equal(joined(twin(*x)), expected)
         assert not {id(t) for t in twin.state_dict(keep_vars=True).values()} & {
             id(t) for t in result.state_dict(keep_vars=True).values()}
         deployed, _ = qat.convert(result, [x])
         deployed(*x)
-        assert torch.equal(copy.deepcopy(deployed)(*x), expected)
+        assert torch.equal(joined(copy.deepcopy(deployed)(*x)), expected)
 
     def test_freeze_changes_no_output_and_drops_the_float_weight(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
-        expected = result.eval()(*x)
+        expected = joined(result.eval()(*x))
         frozen = copy.deepcopy(result)
         freeze(frozen)
-        assert torch.equal(frozen(*x), expected)
-        if result.plan.weight is None:
-            return
-        assert frozen.frozen
-        assert "weight" not in frozen.state_dict()
-        floats = [t for t in frozen.state_dict().values() if t.is_floating_point()]
-        assert all(t.numel() < result.weight.numel() for t in floats)
-        assert frozen.weight_codes.dtype == torch.uint8
-        assert frozen.weight_codes.numel() == packing.packed_size(result.weight.numel(), result.plan.weight.bits)
-        # the weight can still be read: dequantized, in the float module's shape
-        assert frozen.weight.shape == result.weight.shape
-        step = float(frozen.weight_scale.max())
-        error = float((frozen.weight - result.weight.detach()).abs().max())
-        assert error <= step * (0.50001 if scheme != "learned" else 4)
-        with pytest.raises(qat.QuantizationError, match="frozen already"):
-            frozen.freeze()
+        assert torch.equal(joined(frozen(*x)), expected)
+        for (before, weight), (after, _) in zip(products(result), products(frozen), strict=True):
+            assert after.frozen
+            assert weight not in frozen.state_dict()
+            floats = [t for n, t in frozen.state_dict().items() if t.is_floating_point() and "bias" not in n]
+            assert all(t.numel() < before.weight.numel() for t in floats)
+            assert after.weight_codes.dtype == torch.uint8
+            assert after.weight_codes.numel() == packing.packed_size(before.weight.numel(), after.plan.weight.bits)
+            # the weight can still be read: dequantized, in the float module's shape
+            if "." not in weight:                   # else it is a child's, which is asked for by nobody else
+                assert getattr(frozen, weight).shape == getattr(result, weight).shape
+            assert after.weight.shape == before.weight.shape
+            step = float(after.weight_scale.max())
+            error = float((after.weight - before.weight.detach()).abs().max())
+            assert error <= step * (0.50001 if scheme != "learned" else 4)
+            with pytest.raises(qat.QuantizationError, match="frozen already"):
+                after.freeze()
 
     def test_repr_says_how_it_is_quantized(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
         for model in (result, qat.convert(result, [x])[0]):
             text = repr(model)
             assert text.startswith(f"Quantized{kind.__name__}(")
-            for role in ("weight", "input", "output"):
-                assert getattr(model.plan, role) is None or f"{role}={getattr(model.plan, role)}" in text
+            for plan in (model.plan, *model.plan.parts.values()):
+                for role in ("weight", "input", "output"):
+                    assert getattr(plan, role) is None or f"{role}={getattr(plan, role)}" in text
 
     def test_a_deployed_model_moves_and_keeps_its_scales(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
         deployed, _ = qat.convert(result, [x])
-        expected = deployed(*x)
-        assert torch.equal(deployed.to("cpu")(*x), expected)
+        expected = joined(deployed(*x))
+        assert torch.equal(joined(deployed.to("cpu")(*x)), expected)
         assert not any(p.requires_grad for p in deployed.parameters())
         assert all(b.dtype == torch.float32 for n, b in deployed.half().named_buffers() if n.endswith("scale"))
 
     def test_no_rows_pass_through(self, kind: type[nn.Module], scheme: str) -> None:
         model, result, x = self.prepared(kind, scheme)
-        empty = tuple(t[:0] for t in x)
+        empty = pytree.tree_map(lambda t: t[:0], x)
         for training in (True, False):
             result.train(training)
             y = result(*empty)
-            assert y.shape == model(*empty).shape
+            assert [t.shape for t in tensors(y)] == [t.shape for t in tensors(model(*empty))]
+            y = joined(y)
             if y.requires_grad:
                 y.sum().backward()

@@ -130,6 +130,24 @@ def test_fast_dev_run_and_multirun(tmp_path):
     [sweep] = (tmp_path / "runs").iterdir()
     assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"0_digits_w8a8", "1_digits_w4a4"}
     assert all((path / "results.csv").exists() for path in sweep.iterdir() if path.is_dir())
+    # as if killed in the second run, before its table
+    killed = sweep / "1_digits_w4a4"
+    for name in ("results.csv", "report.html", "stages/table.json", "stages/deploy.json"):
+        (killed / name).unlink()
+    finished = (sweep / "0_digits_w8a8" / "results.csv").stat().st_mtime_ns
+    status, output = run(tmp_path, "evaluate", f"sweep={sweep}")
+    assert status == 0, output
+    assert "1_digits_w4a4 is not finished (done: float, control, ptq, qat)" in output
+    status, output = run(tmp_path, "train", f"resume_sweep={sweep}")
+    assert status == 0, output
+    assert output.count("finished before") == 6 + 4
+    assert (sweep / "0_digits_w8a8" / "results.csv").stat().st_mtime_ns == finished
+    assert (killed / "results.csv").exists()
+    status, output = run(tmp_path, "evaluate", f"sweep={sweep}")
+    assert status == 0, output
+    assert "not finished" not in output
+    assert (sweep / "sweep.csv").read_text().count("deployed") == 2
+    assert "<svg" in (sweep / "sweep.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -67,6 +68,65 @@ def test_the_reference_is_integer_arithmetic() -> None:
     for m, n in itertools.product(range(3), range(2)):
         total = sum((int(x.values[m, k]) - 9) * int(w.levels[n, k]) for k in range(4))
         assert int(REFERENCE.linear_accumulators(x, w)[m, n]) == total
+
+
+MATMULS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    # (..., m, k), (..., k, n)
+    ((1, 1), (1, 1)), ((3, 1), (1, 4)), ((5, 33), (33, 7)), ((2, 3, 5, 9), (2, 3, 9, 4)), ((2, 1, 17, 8), (3, 8, 16)),
+    ((4, 6, 5), (5, 3)), ((6, 5), (4, 5, 3)), ((1, 1, 64), (1, 64, 1)), ((2, 0, 4), (2, 4, 3)), ((2, 3, 4), (2, 4, 0)),
+    ((2, 3, 0), (2, 0, 5)), ((0, 3, 4), (0, 4, 5)), ((0, 3, 4), (4, 5)), ((2, 40, 300), (2, 300, 20)),
+]
+
+
+def operand(shape: tuple[int, ...], dtype: torch.dtype, zero_point: Any, summed: int) -> Activation:
+    """Random integers; ``summed``: the dimension along which a zero point does not vary."""
+    x = activation((max(1, math.prod(shape)),), dtype, None if zero_point == "along" else zero_point)
+    values = x.values[: math.prod(shape)].reshape(shape)
+    if zero_point == "along":
+        size = [1 if d == summed % len(shape) else n for d, n in enumerate(shape)]
+        return Activation(values, torch.randint(-100, 100, size, dtype=torch.int32), 255)
+    return Activation(values, x.zero_point, x.bound)
+
+
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda b: b.name)
+@pytest.mark.parametrize(("a_shape", "b_shape"), MATMULS, ids=str)
+def test_matmul_accumulators(backend: Backend, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
+    points: list[Any] = [None, 7, -128, "tensor", "along"]
+    for (dtype_a, dtype_b), zero_a, zero_b in itertools.product(
+            itertools.product((torch.int8, torch.uint8), repeat=2), points, points):
+        a, b = operand(a_shape, dtype_a, zero_a, -1), operand(b_shape, dtype_b, zero_b, -2)
+        if not backend.supports_matmul(a, b):
+            assert backend.name == "onednn" or not table.BACKENDS["onednn"].available() or a_shape[-1] < 2
+            continue
+        expected = REFERENCE.matmul_accumulators(a, b)
+        assert expected.shape == (*torch.broadcast_shapes(a_shape[:-2], b_shape[:-2]), a_shape[-2], b_shape[-1])
+        assert torch.equal(backend.matmul_accumulators(a, b).to(torch.int64), expected)
+        for size in ((), (b_shape[-1],), (*b_shape[:-2], 1, b_shape[-1])):
+            multiplier = torch.randn(size) * 0.01
+            y = backend.matmul(a, b, multiplier)
+            assert y.dtype == torch.float32
+            assert torch.equal(y, expected.float() * multiplier)
+
+
+def test_matmul_of_views_and_of_large_matrices() -> None:
+    """Heads are views of one tensor; large outputs are rescaled in pieces."""
+    heads = torch.randint(-128, 128, (3, 130, 4, 32)).to(torch.int8).transpose(1, 2)
+    for a, b in ((heads, heads.transpose(-1, -2)), (torch.randint(0, 256, (3, 4, 600, 130)).to(torch.uint8), heads)):
+        left, right = Activation(a, None, 255), Activation(b, None, 128)
+        expected = REFERENCE.matmul_accumulators(left, right)
+        for backend in (table.choose_matmul(left, right), table.BACKENDS["float"]):
+            assert torch.equal(backend.matmul_accumulators(left, right).to(torch.int64), expected)
+            assert torch.equal(backend.matmul(left, right, torch.tensor(0.3)), expected.float() * 0.3)
+
+
+def test_the_float_carrier_widens_a_matmul_only_where_its_levels_ask_for_it() -> None:
+    flat = Activation(torch.ones(1, 600, dtype=torch.uint8), None, 255)
+    full = Activation(torch.full((1, 600), 255, dtype=torch.uint8), None, 255)
+    right = Activation(torch.full((600, 1), -128, dtype=torch.int8), None, 255)
+    assert table.BACKENDS["float"].matmul_accumulators(flat, right).dtype == torch.float32
+    wide = table.BACKENDS["float"].matmul_accumulators(full, right)
+    assert wide.dtype == torch.float64
+    assert int(wide) == -600 * 255 * 128
 
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], Geometry]] = [

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.errors import UnsupportedError
 from qat.kernels import ste
 from qat.kernels.contract import Geometry
 from qat.numerics import affine
@@ -90,6 +91,59 @@ def test_linear(shape: tuple[int, ...], spec_x: TensorSpec, spec_w: TensorSpec, 
     compare(torch.randn(shape, requires_grad=True), torch.randn(5, 12, requires_grad=True), spec_x, spec_w, gained,
             None,
             lambda a, b: a @ b.t())
+
+
+RIGHT = [TensorSpec("int8", "per_tensor", symmetric=True), TensorSpec("uint8", "per_tensor", symmetric=False),
+         TensorSpec("int4", "per_token", symmetric=True, dynamic=True),
+         TensorSpec("uint8", "per_token", symmetric=False, dynamic=True), TensorSpec("int8", "per_column",
+                                                                                    symmetric=False)]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.125])
+@pytest.mark.parametrize("spec_b", RIGHT, ids=str)
+@pytest.mark.parametrize("spec_a", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(("a_shape", "b_shape"), [((4, 6), (6, 5)), ((2, 3, 4, 6), (2, 3, 6, 5)), ((3, 4, 6), (6, 5)),
+                                                  ((4, 6), (2, 6, 5)), ((2, 1, 1, 6), (3, 6, 1))], ids=str)
+def test_matmul(a_shape: tuple[int, ...], b_shape: tuple[int, ...], spec_a: TensorSpec, spec_b: TensorSpec,
+                factor: float) -> None:
+    a, b = torch.randn(a_shape, requires_grad=True), torch.randn(b_shape, requires_grad=True)
+
+    def put(x: Tensor, spec: TensorSpec) -> tuple[Any, Tensor]:
+        low, high = affine.reduce_range(x.detach(), spec)
+        shrink = 1.0 if spec.dynamic else 0.6                                # clips: the masks matter
+        scale, zero = affine.choose_qparams(low * shrink, high * shrink, spec)
+        point = int(zero) if zero is not None and zero.dim() == 0 else zero
+        values = fake(x, scale, 0 if zero is None else zero, spec.fmt.lo, spec.fmt.hi)
+        return ste.quantize(x, scale, point, ste.Grid(spec)), values
+
+    qa, fa = put(a, spec_a)
+    turned = spec_b.granularity == "per_token"
+    qb, fb = put(b.transpose(-1, -2) if turned else b, spec_b)
+    if turned:
+        qb, fb = ste.transposed(qb), fb.transpose(-1, -2)
+    y = ste.matmul(ste.Matmul(qa, qb, factor), torch.float32)
+    expected = fa @ fb * factor
+    close(y, expected)
+    with torch.no_grad():
+        assert torch.equal(ste.matmul(ste.Matmul(qa, qb, factor), torch.float32), y)
+    g = torch.randn(y.shape)
+    gradients = torch.autograd.grad(expected, (a, b), g)
+    low = ste.matmul(ste.Matmul(qa, qb, factor, torch.bfloat16), torch.float32)
+    for got, wanted in zip(torch.autograd.grad(y, (a, b), g, retain_graph=True), gradients):
+        assert bool(wanted.any())
+        close(got, wanted)
+    for got, wanted in zip(torch.autograd.grad(low, (a, b), g), gradients):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.02 * float(wanted.abs().max()))
+
+
+def test_a_scale_inside_the_sum_is_refused() -> None:
+    rows = ste.quantize(torch.randn(4, 4), torch.ones(4, 1), None, ste.Grid(ACTIVATIONS[2]))
+    one = ste.quantize(torch.randn(4, 4), torch.tensor(0.1), None, ste.Grid(ACTIVATIONS[0]))
+    assert ste.matmul(ste.Matmul(rows, one), torch.float32).shape == (4, 4)
+    with pytest.raises(UnsupportedError, match="right operand"):
+        ste.Matmul(one, rows)
+    with pytest.raises(UnsupportedError, match="left operand"):
+        ste.Matmul(ste.transposed(rows), one)
 
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], Geometry]] = [

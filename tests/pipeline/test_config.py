@@ -1,15 +1,19 @@
 """Every YAML composes and builds; wrong keys are refused with the nearest right one."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import qat
 from qat.errors import ConfigError, QuantizationError, RecipeError
 from qat.pipeline import Run, run_config
+from qat.pipeline.command import explain
 from qat.pipeline.config import OF_THE_CALL, STORED, read_recipe
 from qat.training.build import build
 from qat.training.module import QuantizedTraining
@@ -30,7 +34,7 @@ def test_every_choice_composes_and_builds(choice):
     extra += ["distill.teacher=float"] if choice == "experiment=digits_student" else []
     config = run_config(composed(choice, *extra))
     run = Run(config, Path("unused"))
-    assert run.extra_epochs >= 1
+    assert run.extra_budget.keys() <= {"max_epochs", "max_steps"}
     assert isinstance(build(config["model"], "model"), nn.Module)
     module = QuantizedTraining(
         config["model"], recipe=config["recipe"], loss=config["loss"], optimizer=config["optimizer"],
@@ -49,7 +53,7 @@ def test_every_preset_has_a_recipe_config():
 
 
 def test_the_keys_of_the_files_are_the_known_keys():
-    assert set(composed()) == set(STORED + OF_THE_CALL) - {"run", "deployed"}
+    assert set(composed()) == set(STORED + OF_THE_CALL) - {"run", "deployed", "sweep"}
     assert set(composed(name="evaluate")) == set(STORED + OF_THE_CALL)
 
 
@@ -110,3 +114,32 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 5\n")
     with pytest.raises(ConfigError, match="another configuration"):
         Run(run_config(composed()), tmp_path).execute()
+
+
+@pytest.mark.parametrize("section", ["checkpoint", "early_stopping"])
+def test_a_monitor_that_nothing_logs_is_refused_before_training(section):
+    with pytest.raises(ConfigError, match=rf"{section}.monitor: 'val_acuracy' .*did you mean 'val_accuracy'"):
+        run_config(composed(f"{section}.monitor=val_acuracy"))
+
+
+def test_a_model_that_cannot_take_the_data_is_refused_before_training(tmp_path):
+    run = Run(run_config(composed("model=mlp", "model.inputs=64")), tmp_path)
+    with pytest.raises(ConfigError, match=r"MLP cannot take the inputs .*\[1, 1, 16, 16\].*Set the options of model="):
+        run.execute()
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("key", "advice"), [
+    ("recipe.weight.format", r"a plus sign adds it: \+recipe.weight.format=<value>"),
+    ("recipe.wieght", "did you mean 'recipe.weight'"), ("sed", "did you mean 'seed'"),
+])
+def test_the_advice_for_an_option_that_is_not_there(key, advice):
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed(f"{key}=1")
+    assert re.search(advice, explain(caught.value, CONF, "config"))
+
+
+def test_a_value_that_follows_one_that_is_missing():
+    with pytest.raises(OmegaConfBaseException) as caught:
+        run_config(composed("model=cnn"))
+    assert "give model.channels=<value>" in explain(caught.value, CONF, "config")

@@ -1,5 +1,6 @@
 """The table and the HTML report."""
 
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -50,6 +51,27 @@ def test_table_fits_eighty_columns():
     for word in ("float", "control", "PTQ", "QAT", "deployed", "98.00%", "21,000", "0.26x", "bit for bit"):
         assert word in text
     assert "…" not in text
+
+
+def test_a_metric_where_lower_is_better(tmp_path):
+    rows = [dataclasses.replace(row, score=row.score / 2, bytes=1_555_600) for row in RESULTS.rows]
+    rows[2] = dataclasses.replace(rows[2], agreement_float=None, latency_ms=131.25)
+    results = dataclasses.replace(
+        RESULTS, metric="bits_per_byte", rows=rows, higher_is_better=False, proportion=False
+    )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=80).print(results.render())
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "bits per byte: lower is better." in text
+    assert "0.485" in text
+    assert "48.50%" not in text
+    (tmp_path / "results.csv").write_text(results.csv())
+    assert read_csv(tmp_path / "results.csv") == results
+    page = report("run", results, {}, {}, {}, "")
+    assert "Bits per byte: lower is better." in page
+    assert "lower is better" not in report("run", RESULTS, {}, {}, {}, "")
 
 
 class Balanced(HTMLParser):

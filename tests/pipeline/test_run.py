@@ -9,8 +9,9 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 import qat
-from qat.errors import CheckpointError
+from qat.errors import CheckpointError, ConfigError
 from qat.pipeline import Run, run_config, stored_config
+from qat.pipeline.run import process_strategy
 from qat.reporting import read_csv
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -90,3 +91,41 @@ def test_layers_without_batch_norm_and_dynamic_ranges_are_equal_too(tmp_path):
     assert results.bit_equal is True
     deployed = qat.load(tmp_path / "deployed", torch.nn.Sequential(*make(tmp_path, "model=mlp")._load("float")))
     assert not any(parameter.is_floating_point() and parameter.ndim == 2 for parameter in deployed.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"devices": 1}, "auto"),
+        ({"devices": [0]}, "auto"),
+        ({"devices": "auto", "accelerator": "cpu"}, "auto"),
+        ({"devices": 2}, "ddp_spawn"),
+        ({"devices": "2"}, "ddp_spawn"),
+        ({"devices": [0, 1]}, "ddp_spawn"),
+        ({"devices": "0, 1"}, "ddp_spawn"),
+        ({"devices": 2, "strategy": "ddp_fork"}, "ddp_fork"),
+    ],
+)
+def test_several_devices_share_each_training(options, expected):
+    assert process_strategy(options) == expected
+
+
+def test_strategies_that_would_run_every_stage_again_are_refused(tmp_path):
+    for override in ("+trainer.strategy=ddp", "+trainer.strategy=fsdp", "+trainer.num_nodes=2"):
+        with pytest.raises(ConfigError, match="trainer of your own"):
+            make(tmp_path, override)
+
+
+def test_weight_average_and_compile_are_options_of_a_run(tmp_path):
+    run = make(tmp_path, "weight_average.decay=0.9", "compile={backend: aot_eager}", "model=mlp")
+    module = run._module(None, 1.0)
+    assert module.hparams["compile"] == {"backend": "aot_eager"}
+    run = make(tmp_path, "weight_average.decay=0.9", "model=mlp")
+    run._float()
+    stored = torch.load(tmp_path / "float" / "checkpoints" / "last.ckpt", weights_only=True)
+    network = run._load("float")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, stored["weight_average"]["average"][f"network.{name}"]), name
+    for wrong in ("weight_average.decay=2", "weight_average.decay=yes", "compile=yes", "compile={mod: x}"):
+        with pytest.raises(ConfigError, match=r"weight_average\.decay|compile"):
+            make(tmp_path, wrong)

@@ -1,0 +1,144 @@
+"""Learned scales in the optimizers that a user made: groups of their own, without weight decay, at their own rate.
+
+Weight decay would pull the logarithm of a scale towards 0, that is a scale towards 1, whatever the weights are; and a
+scale moves a whole layer, so it wants a smaller rate than a weight (0.01 to 0.1 times; Esser et al. 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+"""Keys of parameter groups that are learning rates."""
+RATE_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values")
+OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+"""What schedulers keep for each group."""
+
+
+def give_scales_their_groups(network: nn.Module, configured: Any, factor: float) -> None:
+    """Split what a LightningModule's ``configure_optimizers`` returned, in place; schedulers follow.
+
+    Each group that holds learned scales beside other parameters gives them to a new group behind all others: a copy of
+    its options, ``weight_decay`` 0, its rates times ``factor``, ``role: scales``. So the groups that the user made keep
+    their numbers. A scale that no optimizer holds, because parameters were chosen by name, joins the group that trains
+    what is nearest to it in the network.
+
+    Args:
+        network: a prepared network.
+        configured: an optimizer, a list of them, (optimizers, schedulers), or dicts with ``optimizer`` and
+            ``lr_scheduler``.
+        factor: learned scales train at this multiple of the group's learning rate.
+    """
+    scales = {
+        id(p): (f"{name}.{key}" if name else key, p)
+        for name, module in network.named_modules()
+        if getattr(module, "is_quantizer", False)
+        for key, p in module.named_parameters(recurse=False)
+        if p.requires_grad
+    }
+    parts = list(_parts(configured))
+    optimizers = _unique([p for p in parts if isinstance(p, Optimizer)])
+    schedulers = _unique([s for p in parts if not isinstance(p, Optimizer) for s in _with_inner(p)])
+    if not scales or not optimizers:
+        return
+    moving: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = {}
+    held: set[int] = set()
+    for place, group in _groups(optimizers):
+        for parameter in group["params"]:
+            if id(parameter) in scales:
+                moving.setdefault(place, []).append(scales[id(parameter)])
+                held.add(id(parameter))
+    for key, scale in scales.items():
+        if key not in held:
+            moving.setdefault(_nearest(network, scale[0], optimizers), []).append(scale)
+    for number, optimizer in enumerate(optimizers):
+        mine = {index: named for (owner, index), named in sorted(moving.items()) if owner == number}
+        if isinstance(optimizer, torch.optim.LBFGS):  # knows one group, and no weight decay
+            params = optimizer.param_groups[0]["params"]
+            params += [p for named in mine.values() for _, p in named if id(p) not in held]
+            continue
+        own = [s for s in schedulers if s.optimizer is optimizer]
+        for index, named in mine.items():
+            _split(optimizer, index, named, factor, own)
+
+
+def _split(
+    optimizer: Optimizer, index: int, named: list[tuple[str, nn.Parameter]], factor: float, schedulers: list[Any]
+) -> None:
+    """Move these scales from group ``index`` to one of their own."""
+    group, count = optimizer.param_groups[index], len(optimizer.param_groups)
+    moved = {id(p) for _, p in named}
+    stay = [i for i, p in enumerate(group["params"]) if id(p) not in moved]
+    scaled = {key: group[key] * factor for key in RATES if key in group}
+    changes = {**scaled, "role": "scales", **({"weight_decay": 0.0} if "weight_decay" in group else {})}
+    if not stay:
+        group.update(changes)
+        for scheduler in schedulers:
+            for name, values in _lists(scheduler, count):
+                if name in RATE_LISTS:
+                    values[index] = values[index] * factor
+        return
+    named_too = "param_names" in group
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    group["params"] = [group["params"][i] for i in stay]
+    if named_too:
+        group["param_names"] = [group["param_names"][i] for i in stay]
+    params: list[Any] = list(named) if named_too else [p for _, p in named]
+    optimizer.add_param_group({**options, **changes, "params": params})
+    for scheduler in schedulers:
+        for name, values in _lists(scheduler, count):
+            values.append(values[index] * factor if name in RATE_LISTS else values[index])
+
+
+def _lists(scheduler: Any, count: int) -> Iterator[tuple[str, list[Any]]]:
+    """The scheduler's lists with an item for each group."""
+    for name in (*RATE_LISTS, *OTHER_LISTS):
+        values = vars(scheduler).get(name)
+        if isinstance(values, list) and len(values) == count:
+            yield name, values
+
+
+def _parts(configured: Any) -> Iterator[Any]:
+    """The optimizers and schedulers in whatever ``configure_optimizers`` may return."""
+    if isinstance(configured, Mapping):
+        for value in configured.values():
+            yield from _parts(value)
+    elif isinstance(configured, list | tuple):
+        for value in configured:
+            yield from _parts(value)
+    elif isinstance(configured, Optimizer) or (hasattr(configured, "optimizer") and hasattr(configured, "step")):
+        yield configured
+
+
+def _with_inner(scheduler: Any) -> Iterator[Any]:
+    """A scheduler, and those that it chains."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _with_inner(inner)
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    return list({id(v): v for v in values}.values())
+
+
+def _groups(optimizers: list[Optimizer]) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    for number, optimizer in enumerate(optimizers):
+        for index, group in enumerate(optimizer.param_groups):
+            yield (number, index), group
+
+
+def _nearest(network: nn.Module, name: str, optimizers: list[Optimizer]) -> tuple[int, int]:
+    """The group that trains a parameter of the module whose scale this is, or of the module around it, and so on."""
+    where = {id(p): place for place, group in _groups(optimizers) for p in group["params"]}
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        around = network.get_submodule(".".join(parts[:cut]))
+        for parameter in around.parameters():
+            if id(parameter) in where:
+                return where[id(parameter)]
+    return 0, 0

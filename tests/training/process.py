@@ -1,0 +1,255 @@
+"""One of several processes: runs every scenario and writes what it found; `test_processes.py` starts and judges them.
+
+    python process.py <folder>      with LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+import qat
+from qat.training import QuantizationSchedule, QuantizedTraining, ResumableLoader, shard
+from qat.training.data import TensorExamples
+
+OBSERVERS = ["minmax", "moving_average", "percentile", "mse", "entropy"]
+PRESETS = ["w8a8", "w4a4", "w2a2", "w1a1", "w158a8"]
+WORLD = 2
+
+
+class Network(nn.Module):
+    """Batch norm, a shared input, and outliers: all that processes could come to see differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.middle, self.head = nn.Linear(64, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.middle(self.relu(self.norm(self.conv(x))).flatten(1))))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return Network()
+
+
+def batches(count: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(6, 1, 4, 4, generator=generator) * (1 + i) for i in range(count)]
+
+
+def observing(observer: str, bits: str = "int8") -> dict[str, Any]:
+    activation = {"format": bits} if bits == "binary" else {"format": bits, "observer": observer}
+    return {"rules": [{"weight": {"format": "int8"}, "input": activation}]}
+
+
+def recipes() -> dict[str, Any]:
+    return {**{name: observing(name) for name in OBSERVERS}, "binary": observing("minmax", "binary"),
+            "learned": {"rules": [{"weight": {"format": "int4", "learned": "lsq"},
+                                   "input": {"format": "uint4", "learned": "lsq_plus", "symmetric": False}}]}}
+
+
+def prepared(recipe: Any) -> nn.Module:
+    return qat.prepare(network(), recipe, torch.zeros(1, 1, 4, 4))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def loader(rank: int, world: int, count: int = 48, batch_size: int = 4) -> ResumableLoader:
+    """The global batches are the same for each number of processes."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(count) % 3
+    images = torch.randn(count, 1, 4, 4, generator=generator) * (1 + torch.arange(count)[:, None, None, None] / 20)
+    images += (labels - 1.0)[:, None, None, None] * 2
+    return ResumableLoader(TensorExamples(images, labels), batch_size, shuffle=True, rank=rank, world_size=world)
+
+
+class EachEpoch(L.Callback):
+    """What each epoch leaves, and the loss of each step."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.states.append(state(pl_module.network))
+
+
+def fit(folder: Path, recipe: Any, rank: int, world: int, lr: float = 5e-3, checkpoint: Path | None = None,
+        callbacks: tuple[Any, ...] = (), batch_size: int = 4, **options: Any) -> tuple[QuantizedTraining, EachEpoch]:
+    torch.manual_seed(0)
+    module = QuantizedTraining(network(), recipe, torch.zeros(1, 1, 4, 4),
+                               optimizer={"_target_": "torch.optim.AdamW", "lr": lr, "weight_decay": 0.0})
+    seen = EachEpoch()
+    schedule = QuantizationSchedule(calibration_batches=3, freeze_ranges_at=0.7, reestimate_batches=2)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        default_root_dir=folder, use_distributed_sampler=False, callbacks=[schedule, seen, *callbacks],
+        **{"enable_checkpointing": False} | options,
+    )  # fmt: skip
+    trainer.fit(module, loader(rank, world, batch_size=batch_size), loader(rank, world), ckpt_path=checkpoint,
+                weights_only=True)
+    return module, seen
+
+
+def caught(action: Any) -> str:
+    try:
+        action()
+    except qat.QuantizationError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# ---------------------------------------------------------------------------------------------------- the scenarios
+
+
+def dealt_out(rank: int, folder: Path) -> Any:
+    """Batches dealt out: three for one process, two for the other."""
+    return {name: state(qat.calibrate(prepared(recipe), batches()[rank::WORLD])) for name, recipe in recipes().items()}
+
+
+def one_is_empty(rank: int, folder: Path) -> Any:
+    model = qat.calibrate(prepared(observing("percentile")), batches() if rank == 0 else [])
+    return state(model), str(qat.coverage(model))
+
+
+def errors(rank: int, folder: Path) -> Any:
+    model = prepared(observing("minmax"))
+    qat.calibrate(model, batches()[:1])
+    before = state(model)
+    bad = [torch.full((2, 1, 4, 4), torch.nan)]
+    said = {
+        "nobody": caught(lambda: qat.calibrate(model, [])),
+        "nan": caught(lambda: qat.calibrate(model, bad if rank else batches())),
+        "norm": caught(lambda: qat.reestimate_batch_norm(model, [])),
+        "alone": caught(lambda: qat.calibrate(prepared("w8a8"), batches()[: rank + 1], merge=None)),
+    }
+    return said, before, state(model)
+
+
+def ignored(rank: int, folder: Path) -> Any:
+    """A bad batch is left out by the process that has it, and the others never know."""
+    bad = batches()[1].clone()
+    bad[0, 0, 0, 0] = torch.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: state(qat.calibrate(prepared(observing(name)), [bad, batches()[0]] if rank else batches()[1:2],
+                                          ignore_nonfinite=True)) for name in OBSERVERS}
+
+
+def batch_norm(rank: int, folder: Path) -> Any:
+    model = qat.calibrate(prepared("w8a8"), batches())
+    qat.reestimate_batch_norm(model, batches()[rank::WORLD])
+    return state(model)
+
+
+def training(rank: int, folder: Path) -> Any:
+    found = {}
+    for preset in PRESETS:
+        module, seen = fit(folder, qat.Recipe.preset(preset).to_dict(), rank, WORLD)
+        deployed, certificate = qat.convert(module.network.eval(), batches())
+        with torch.no_grad():
+            equal = torch.equal(deployed(batches()[0]), module.network(batches()[0]))
+        found[preset] = {"epochs": seen.states, "end": state(module.network), "losses": seen.losses,
+                         "equal": equal and certificate.equal}
+    return found
+
+
+def ranges_in_training(rank: int, folder: Path) -> Any:
+    """With weights that stand still the first layer sees the same values, however many processes share them."""
+    return {name: state(fit(folder, recipes()[name], rank, WORLD, lr=0.0)[0].network)
+            for name in ("minmax", "moving_average", "percentile", "binary")}
+
+
+def resumed(rank: int, folder: Path) -> Any:
+    """Killed in mid-epoch and at an epoch's end, with accumulation, clipping and bfloat16."""
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "precision": "bf16-mixed",
+               "enable_checkpointing": True}
+    saving = ModelCheckpoint(folder / "resume", "{step}", save_top_k=-1, every_n_train_steps=1,
+                             enable_version_counter=False)
+    recipe = qat.Recipe.preset("w4a4").to_dict()
+    expected = state(fit(folder, recipe, rank, WORLD, callbacks=(saving,), **options)[0].network)
+    return expected, [
+        state(fit(folder, recipe, rank, WORLD, checkpoint=folder / "resume" / f"step={step}.ckpt",
+                  callbacks=(ModelCheckpoint(folder / f"again{step}"),), **options)[0].network)
+        for step in (1, 3, 4)
+    ]
+
+
+def synchronized(rank: int, folder: Path) -> Any:
+    """Synchronized batch norm: the gradients of the whole batch, in a prepared network that still folds."""
+    module, seen = fit(folder, qat.Recipe.preset("w8a8").to_dict(), rank, WORLD, sync_batchnorm=True)
+    kind = type(module.network.norm).__name__
+    model = qat.calibrate(prepared("w8a8"), batches()).train()
+    qat.freeze_ranges(model)
+    model.norm.synchronized = True
+    x = batches()[0].chunk(WORLD)[rank]
+    model(x).square().sum().backward()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+    return {"kind": kind, "epochs": seen.states, "norm": state(model.norm),
+            "gradients": {name: p.grad for name, p in model.named_parameters()}}
+
+
+def uneven(rank: int, folder: Path) -> Any:
+    counts = caught(lambda: fit(folder, qat.Recipe.preset("w8a8").to_dict(), rank, WORLD, batch_size=4 + 4 * rank))
+
+    def without_start() -> None:
+        model = prepared("w4a4")
+        from qat.calibration import start_merging
+        start_merging(model)
+
+    return counts, caught(without_start)
+
+
+def sharded(rank: int, folder: Path) -> Any:
+    """FSDP2: the gradients and steps of one process with the whole batch, for learned scales too; and parity."""
+    found = {}
+    for name, recipe in {"w8a8": "w8a8", "learned": recipes()["learned"]}.items():
+        model = qat.calibrate(shard(prepared(recipe)), batches()[rank::WORLD]).train()
+        qat.freeze_batch_norm(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for x in batches(3):
+            optimizer.zero_grad()
+            model(x.chunk(WORLD)[rank]).square().mean().backward()
+            optimizer.step()
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        part = sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local"))
+        found[name] = {"state": whole, "scales": {n: p.detach().clone() for n, p in model.named_parameters()
+                                                  if "quantizer" in n},
+                       "kept": part / sum(p.numel() for n, p in model.named_parameters() if "quantizer" not in n)}
+    strategy = L.strategies.ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    trainer = L.Trainer(accelerator="cpu", devices=WORLD, strategy=strategy, logger=False)
+    refused = caught(lambda: QuantizationSchedule().setup(trainer, L.LightningModule(), "fit"))
+    return found, refused
+
+
+SCENARIOS = (dealt_out, one_is_empty, errors, ignored, batch_norm, training, ranges_in_training, resumed, synchronized,
+             uneven, sharded)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    here, place = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=place, world_size=WORLD, init_method=f"file://{here}/meeting")
+    for scenario in SCENARIOS:
+        torch.save(scenario(place, here), here / f"{scenario.__name__}.{place}.pt")
+    dist.destroy_process_group()
