@@ -112,7 +112,7 @@ def main() -> None:
         sys.exit(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
     keep_freed_memory()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    console, out = Console(), Path(options["out"])
+    console, out = Console(width=160), Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     journal = out / "cells.jsonl"
     known = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []

@@ -9,7 +9,14 @@
 """
 
 from qat import errors
-from qat.calibration import calibrate, freeze_batch_norm, freeze_ranges, reestimate_batch_norm, set_observing
+from qat.calibration import (
+    calibrate,
+    freeze_batch_norm,
+    freeze_ranges,
+    reestimate_batch_norm,
+    set_observing,
+    set_rung,
+)
 from qat.compression import (
     ChannelReport,
     Distillation,
@@ -36,4 +43,4 @@ __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distill
            "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state",
            "add_adapters", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
            "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels",
-           "reestimate_batch_norm", "save", "set_observing", "sparsity"]
+           "reestimate_batch_norm", "save", "set_observing", "set_rung", "sparsity"]

@@ -457,7 +457,7 @@ class Planner:
             for name, clamp in list(candidates.items()):
                 fine = bool(takers.get(name)) and all(
                     t in layers and (spec := layers[t].input) is not None and not layers[t].chained and self.quiet(t)
-                    and layers[t].kind not in FUNCTIONS and spec.fmt.has_zero and spec.format != "ternary"
+                    and layers[t].kind not in FUNCTIONS and takes_clamps(spec)
                     and getattr(self.modules[t], "padding_mode", "zeros") == "zeros"
                     and all(candidates.get(source(c) or "") == clamp for c in self.calls(t))
                     for t in takers[name])
@@ -560,6 +560,11 @@ class Planner:
                 return None
             producer = self.trace.producer(producer.inputs[0])
         return None if producer is None else producer.module
+
+
+def takes_clamps(spec: TensorSpec) -> bool:
+    """Whether a quantizer with this spec can take over a clamp from zero up that is in front of it."""
+    return (spec.fmt.has_zero and spec.format != "ternary") or spec.learned == "rsign"
 
 
 def unsigned(spec: TensorSpec) -> TensorSpec:

@@ -116,7 +116,7 @@ def test_commands_are_shell_and_compose() -> None:
 
 
 def test_commands_run(checkout: Path) -> None:
-    assert len(EXECUTED) == 6
+    assert len(EXECUTED) == 7
     for command in EXECUTED:
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "train.py" and not any(w.startswith("resume=") for w in words):

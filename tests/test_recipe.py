@@ -56,9 +56,8 @@ def test_presets_survive_the_way_to_a_file_and_back(name: str, tmp_path: Path) -
 
 
 def test_the_presets_of_the_design_exist() -> None:
-    assert set(PRESETS) >= {"w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8", "w4a4", "w3a8", "w2a8", "w2a2", "w158a8",
-                            "w1a8",
-                            "w1a1", "w3a16", "w2a16", "w1a16", "fp16", "bf16"}
+    assert set(PRESETS) >= {"w8a8", "w8a8_dynamic", "w8a16", "w4a16", "w4a8", "w8a4", "w4a4", "w3a8", "w2a8", "w2a2",
+                            "w158a8", "w1a8", "w1a1", "w3a16", "w2a16", "w1a16", "fp16", "bf16"}
     assert all(qat.Recipe.preset(n).edges == "int8" for n in PRESETS if n[1] in "1234" and n[0] == "w")
 
 

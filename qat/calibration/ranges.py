@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ def activation_quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
-              merge: Literal["batches", "parts"] | None = "batches") -> nn.Module:
+              merge: Literal["batches", "parts"] | None = "batches",
+              only: Collection[Quantizer] | None = None) -> nn.Module:
     """Set every static range from data; learned scales get their start from it.
 
     The model runs in floating point, in eval, without gradients; its own mode comes back afterwards. Ranges start
@@ -43,6 +44,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
             ``calibrate`` then. "batches": as one process would see the batches in the order rank 0's first, rank 1's
             first, ..., rank 0's second. "parts": the first ones of all are parts of one batch, and so on. (Only moving
             averages see a difference.) None: this process calibrates alone.
+        only: the quantizers whose ranges are set; the others stay as they are. None: all.
 
     Raises:
         CalibrationError: no batch at all; NaN or infinity (the message names layer and batch). Where ranges are merged,
@@ -55,7 +57,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
         raise ConvertError("this model is deployed: its ranges are frozen; calibrate the prepared model")
-    quantizers = [q for q in activation_quantizers(model) if isinstance(q, StaticQuantizer)]
+    chosen = None if only is None else {id(q) for q in only}
+    quantizers = [q for q in activation_quantizers(model)
+                  if isinstance(q, StaticQuantizer) and (chosen is None or id(q) in chosen)]
     before = [(q, q.observing, {k: v.clone() for k, v in q.state_dict().items()}) for q in quantizers]
     for q in quantizers:
         if not q.frozen:
@@ -93,7 +97,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     with processes.whole(model), torch.no_grad():
         for module in modules.values():
             weights = module.weight_quantizer
-            if isinstance(weights, StaticQuantizer) and module.plan.tied_to is None:
+            if (isinstance(weights, StaticQuantizer) and module.plan.tied_to is None
+                    and (chosen is None or id(weights) in chosen)):
                 weights.restart()
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)

@@ -1,5 +1,5 @@
-"""Less to train and less to ship: low-rank adapters, pruned weights that are level 0 in the packed integers, narrower
-layers; and teachers, from whom such models learn."""
+"""Smaller models by other means than number formats, and what helps narrow ones to learn: low-rank adapters, pruned
+weights that are level 0 in the packed integers, narrower layers, teachers."""
 
 from qat.compression.adapters import adapter_state, add_adapters, load_adapter_state, merge_adapters
 from qat.compression.channels import ChannelReport, prune_channels

@@ -269,6 +269,8 @@ def _check_codes(name: str, module: QuantizedModule) -> None:
             scale, zero_point, fmt = quantizer.scale, quantizer.zero_point, quantizer.spec.fmt
             if not bool((torch.isfinite(scale) & (scale > 0)).all()):
                 raise CheckpointError(f"{name}.{role}.scale must be positive")
+            if quantizer.threshold is not None and not bool(torch.isfinite(quantizer.threshold).all()):
+                raise CheckpointError(f"{name}.{role}.threshold is not finite")
             if zero_point is not None and bool(((zero_point < fmt.lo) | (zero_point > fmt.hi)).any()):
                 raise CheckpointError(f"{name}.{role}.zero_point is outside of {fmt.lo}..{fmt.hi}")
 

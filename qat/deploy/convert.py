@@ -86,6 +86,10 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     if missing:
         raise NotCalibratedError(f"no range yet for {', '.join(missing)}: run qat.calibrate(model, batches); a layer "
                                  "that the data never reaches needs a rule with keep: float32")
+    climbing = [q.name for q in model.modules() if isinstance(q, Quantizer) and q.spec != q.own]
+    if climbing:
+        raise ConvertError(f"still on a higher rung of a ladder: {', '.join(climbing[:8])}; finish the training, or "
+                           "call qat.set_rung(model, batches)")
     if state.functions is None:
         raise ConvertError("it is not known which matrix products this model calls as functions: give "
                            "qat.prepare(model, recipe, example_inputs=...), or run qat.calibrate(model, batches)")

@@ -68,6 +68,32 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Gr
     return QuantizedTensor(codes, scale.detach(), zero_point, grid.spec, carrier, x.dtype)
 
 
+def quantize_above(x: Tensor, threshold: Tensor, scale: Tensor, grid: Grid) -> QuantizedTensor:
+    """``x - threshold`` on a sign grid, in float32: +1 where ``x`` reaches the threshold, else -1.
+
+    Args:
+        threshold: float32, broadcasts against ``x``; gets the gradient ``-sum(dL/dx)`` if it is learned.
+    """
+    return replace(quantize(x.float() - threshold, scale, None, grid), dtype=x.dtype)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself, whose gradient is multiplied by ``factor`` on its way back."""
+    return _ScaledGradient.apply(x, factor)
+
+
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> Tensor:
     if grid.ceiling is not None or (grid.floor is not None and grid.spec.fmt.signed):
         x = x.clamp(grid.floor, grid.ceiling)

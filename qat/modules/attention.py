@@ -104,7 +104,9 @@ class Context(Scores):
             return make_quantizer(spec)
         observer = "minmax" if spec.observer in SINGLE_SCALE_OBSERVERS else spec.observer
         channels = self.owner.embed_dim
-        return make_quantizer(spec.replace(granularity="per_column", observer=observer), torch.Size((1, channels)))
+        learned = "lsq" if spec.learned == "rsign" else spec.learned
+        spec = spec.replace(granularity="per_column", observer=observer, learned=learned)
+        return make_quantizer(spec, torch.Size((1, channels)))
 
     def forward(self, probabilities: Any, v: Any) -> Tensor:
         if not isinstance(probabilities, QuantizedTensor):

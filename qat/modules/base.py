@@ -212,8 +212,11 @@ class QuantizedModule(nn.Module):
     def make_activation_quantizers(self) -> None:
         """Build the quantizer of each of ``roles`` from the plan."""
         plan = self.plan
-        self.input_quantizer = make_quantizer(plan.input) if plan.input is not None and not plan.chained else None
-        self.output_quantizer = make_quantizer(plan.output) if plan.output is not None else None
+        self.input_quantizer = self.output_quantizer = None
+        if plan.input is not None and not plan.chained:
+            self.input_quantizer = make_quantizer(plan.input, channels=self.channels("input"))
+        if plan.output is not None:
+            self.output_quantizer = make_quantizer(plan.output, channels=self.channels("output"))
         if self.input_quantizer is not None and plan.absorbs:
             self.input_quantizer.absorb(*plan.absorbs)
         if self.output_quantizer is not None and plan.output_absorbs:
@@ -227,6 +230,10 @@ class QuantizedModule(nn.Module):
     def quantizer_of(self, operand: int) -> Quantizer | None:
         """The quantizer of the operand at this position of the call."""
         return self.input_quantizer
+
+    def channels(self, role: str) -> tuple[int, ...]:
+        """The shape in which one number for each channel of the ``input`` or ``output`` broadcasts; () if unknown."""
+        return ()
 
     def device(self) -> torch.device | None:
         """Where this module's weight lives; None if it has none."""

@@ -110,6 +110,9 @@ class Part(QuantizedModule):
             return self.source.read(self.owner, self.source.weight)
         return super().__getattr__(name)
 
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.weight.shape[1],) if role == "input" else ()
+
     def device(self) -> torch.device:
         return self.weight_codes.device if self.frozen else self.weight.device
 

@@ -30,6 +30,9 @@ def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
 class QuantizedConvolution(QuantizedModule):
     """x (batch, in, *spatial) or (in, *spatial); weight (out, in // groups, *kernel)."""
 
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.in_channels if role == "input" else self.out_channels, *[1] * len(self.kernel_size))
+
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
         if self.calibrating or self.plan.weight is None:
@@ -119,6 +122,9 @@ class QuantizedConv3d(QuantizedConvolution, nn.Conv3d):
 
 class QuantizedTransposedConvolution(QuantizedModule):
     """x (batch, in, *spatial); ``weight`` (in, out // groups, *kernel), its codes (out, in // groups, *kernel)."""
+
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.in_channels if role == "input" else self.out_channels, *[1] * len(self.kernel_size))
 
     def weight_matrix(self) -> Tensor:
         weight = self.weight

@@ -25,6 +25,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     replaces = nn.Linear
 
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.in_features if role == "input" else self.out_features,)
+
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
         if self.frozen and self._one_row is None and not self.calibrating:
@@ -74,6 +77,9 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):  # type: ignore[misc]
 
     replaces = nn.Embedding
     takes_input_spec = False
+
+    def channels(self, role: str) -> tuple[int, ...]:
+        return (self.embedding_dim,) if role == "output" else ()
 
     def forward(self, input: Tensor) -> Any:
         indices = input

@@ -146,8 +146,8 @@ GRANULARITIES = {
                   "operand of a product of two activations (attention's values), which sums over rows",
     "per_sample": "one scale for each sample of a batch: what per_token means for the input of a convolution",
 }
-OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "entropy")
-LEARNED = ("lsq", "lsq_plus", "pact")
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "entropy", "mean")
+LEARNED = ("lsq", "lsq_plus", "pact", "rsign")
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -163,9 +163,11 @@ class TensorSpec:
         group_fallback: ``error``, or ``divisor``: the largest power of two that divides the input.
         symmetric: zero point fixed at 0. Left out: true for weights and dynamic activations, false for static ones.
         dynamic: the range is taken from each batch when it arrives, not from calibration.
-        observer: where a static range comes from: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``entropy``.
+        observer: where a static range comes from: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``entropy``,
+            or ``mean``: LSQ's start ``2 * mean|x| / sqrt(greatest code)`` (Esser et al. 2020).
         percentile: share of the mass, in percent, that ``percentile`` keeps inside the range.
-        learned: ``lsq`` (scale), ``lsq_plus`` (scale and zero point), ``pact`` (upper clip) are trained by gradient.
+        learned: ``lsq`` (scale), ``lsq_plus`` (scale and zero point), ``pact`` (upper clip), ``rsign`` (scale, and a
+            threshold for each channel; binary activations) are trained by gradient.
         scale_dtype: the type a file format stores scales in; they are rounded to it *before* training.
         power_of_two: scales are rounded up to powers of two, so that requantization never rounds twice.
 
@@ -209,6 +211,10 @@ class TensorSpec:
             raise SpecError("pact learns the upper clip of values that are never negative: it is not symmetric")
         if self.learned == "lsq_plus" and (self.symmetric or not fmt.has_zero):
             raise SpecError("lsq_plus learns a zero point: it needs an affine format and symmetric: false")
+        if self.learned == "rsign" and fmt.grid != "sign":
+            raise SpecError(f"rsign learns where binary activations change sign: it needs format: binary, not {fmt}")
+        if self.observer == "mean" and self.symmetric is False:
+            raise SpecError("observer: mean gives a scale and no zero point: leave out symmetric: false")
         if self.granularity in ("per_token", "per_sample") and not self.dynamic:
             raise SpecError(f"{self.granularity} scales are known only when the batch arrives: add dynamic: true")
 
@@ -232,7 +238,7 @@ class TensorSpec:
         granularity = self.granularity or "per_channel"
         if granularity in ("per_token", "per_sample", "per_column") or self.dynamic:
             raise SpecError("weights have no tokens and no batches: use per_tensor, per_channel or per_group, static")
-        if self.learned in ("pact", "lsq_plus"):
+        if self.learned in ("pact", "lsq_plus", "rsign"):
             raise SpecError(f"{self.learned} is for activations; weights learn their scale with learned: lsq")
         symmetric = True if self.symmetric is None else self.symmetric
         if symmetric and not self.fmt.signed:
@@ -256,7 +262,7 @@ class TensorSpec:
             symmetric = self.symmetric
         else:
             by_nature = not self.fmt.has_zero or self.format == "ternary"
-            symmetric = by_nature or self.dynamic or self.learned == "lsq"
+            symmetric = by_nature or self.dynamic or self.learned == "lsq" or self.observer == "mean"
         if self.learned == "pact" and self.fmt.signed:
             raise SpecError(f"pact is for values that are never negative: use u{self.format}")
         return self.replace(granularity=granularity, symmetric=symmetric)

@@ -17,12 +17,13 @@ from qat.pipeline.evaluation import MODELS
 from qat.training.averaging import check_decay
 from qat.training.build import allow_targets, check, check_arguments, plain
 from qat.training.callbacks import QuantizationSchedule
+from qat.training.ladder import phases
+from qat.training.oscillation import Oscillations
 
 # What describes the run, and is stored with it ...
 STORED = (
-    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "loss", "metrics", "optimizer", "scheduler",
-    "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
-    "distill",
+    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "distill", "loss", "metrics", "optimizer",
+    "scheduler", "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
 )  # fmt: skip
 # ... and what describes one call of the command.
 OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep")
@@ -50,14 +51,17 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_keys(values, STORED + OF_THE_CALL, "")
     check_keys(
         values["schedule"],
-        ("epochs", "learning_rate", "scale_learning_rate", "calibration_batches", "phases"),
+        ("epochs", "learning_rate", "weight_decay", "scale_learning_rate", "calibration_batches", "phases", "ladder",
+         "oscillation"),
         "schedule.",
-    )
+    )  # fmt: skip
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
     pruning = qat.Pruning.from_dict(values["prune"])
     if pruning.masks and values["checkpoint"]["monitor"]:
         raise ConfigError("checkpoint.monitor keeps the best weights, which may be from before the pruning was done: "
                           "with prune= leave it out.")
+    check_arguments(Oscillations, list(values["schedule"].get("oscillation") or {}), "schedule.oscillation")
+    phases(values["schedule"])
     check_keys(values["checkpoint"], ("every_n_steps", "monitor", "mode"), "checkpoint.")
     check_keys(values["early_stopping"], ("monitor", "patience", "mode", "min_delta"), "early_stopping.")
     check_keys(values["logger"], ("csv", "tensorboard"), "logger.")

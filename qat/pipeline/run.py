@@ -46,8 +46,8 @@ from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teac
 from qat.reporting import Results, read_csv, report
 from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
-from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import ResumableData, stream_seed
+from qat.training.ladder import phases
 from qat.training.module import QuantizedTraining, call_network, shapes
 from qat.training.pruning import PruningSchedule
 
@@ -143,8 +143,7 @@ class Run:
                 attach(prepared, self.pruning)
         teacher = None
         if self.distill["teacher"] is not None and not (self.folder / "stages" / "qat.json").exists():
-            student = self._cut(build(self.config["model"], "model"))[0]
-            teacher = check_distillation(self.config, self.folder, student, self._example)
+            teacher = check_distillation(self.config, self.folder, self._example)
             if self.distill["cache"]:
                 check_cache(self.data.train_dataloader())
         path = self.folder / "config.yaml"
@@ -210,12 +209,12 @@ class Run:
         return network, {"parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}"}
 
     def _qat(self) -> dict[str, Any]:
-        module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"])
+        decay = self.schedule.get("weight_decay", 1.0)
+        module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"], decay)
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
-        phases = QuantizationSchedule(calibration_batches=0, **self.schedule["phases"])
         pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
-        return self._fit("qat", module, self.extra_budget, phases, *pruning)
+        return self._fit("qat", module, self.extra_budget, *phases(self.schedule), *pruning)
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load("qat").to(self.device)
@@ -275,9 +274,15 @@ class Run:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def _module(self, recipe: Mapping[str, Any] | None, learning_rate: float) -> QuantizedTraining:
+    def _module(
+        self, recipe: Mapping[str, Any] | None, learning_rate: float, weight_decay: float = 1.0
+    ) -> QuantizedTraining:
+        """What trains a network; learning rate and weight decay are multiples of the optimizer's."""
         config, teacher = self.config, self.distill["teacher"]
         distilled = teacher is not None and (teacher != OWN or recipe is not None)
+        optimizer = dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate)
+        if "weight_decay" in optimizer:
+            optimizer["weight_decay"] *= weight_decay
         return QuantizedTraining(
             config["model"],
             recipe=recipe,
@@ -285,7 +290,7 @@ class Run:
             distill=options(self.distill) if distilled else None,
             teacher=load_teacher(config, self.folder, self._example) if distilled else None,
             loss=config["loss"],
-            optimizer=dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate),
+            optimizer=optimizer,
             scheduler=config["scheduler"],
             metrics=config["metrics"],
             prune=None if recipe is None else config["prune"],

@@ -16,6 +16,7 @@ depend on the order of the processes: a vector by minimum (least values, greates
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +100,16 @@ class Observer(KeepsPrecision):
     def silent(self) -> bool:
         """Whether everything seen was zero."""
         return not bool(self.low.any() | self.high.any())
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but keep what was seen in its own precision: counts and sums are never rounded."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key, value in kept.items():
+            moved = self._buffers[key]
+            if value is not None and moved is not None and moved.dtype != value.dtype:
+                self._buffers[key] = value.to(moved.device)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A float checkpoint holds nothing for an observer: nothing is missing then."""
@@ -216,7 +227,8 @@ class MovingAverageObserver(Observer):
 class MeanMagnitudeObserver(Observer):
     """``mean |x|`` over everything seen: the scale of sign and ternary grids.
 
-    ``high`` holds the sum, ``low`` the count; float64, so that the order of the batches is lost in rounding the scale.
+    On every other grid ``2 * mean |x| / sqrt(greatest code)``, where LSQ starts (Esser et al. 2020). ``high`` holds the
+    sum, ``low`` the count; float64, so that the order of the batches is lost in rounding the scale.
     """
 
     aside = ("signs",)
@@ -268,7 +280,84 @@ class MeanMagnitudeObserver(Observer):
         self.mark()
 
     def qparams(self) -> tuple[Tensor, Tensor | None]:
-        return affine.round_scale(self.high / self.low, self.spec), None
+        fmt = self.spec.fmt
+        factor = 1.0 if fmt.grid == "sign" or fmt.name == "ternary" else 2.0 / math.sqrt(fmt.hi)
+        return affine.round_scale(self.high / self.low * factor, self.spec), None
+
+
+class ChannelMomentsObserver(Observer):
+    """Mean of each channel, and how far values lie from it: where learned thresholds (``rsign``) start.
+
+    Sums, so that they add up over batches and processes. ``low`` and ``high`` are followed too.
+
+    Args:
+        channels: the shape in which one number for each channel broadcasts against what is observed; () for one.
+
+    Buffers: ``count`` (), ``total`` and ``squares`` (``channels``), float64.
+    """
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    _base: tuple[Tensor, ...] | None = None
+
+    def __init__(self, spec: TensorSpec, channels: tuple[int, ...] = ()) -> None:
+        super().__init__(spec)
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(channels, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(channels, dtype=torch.float64))
+
+    def reset(self) -> None:
+        super().reset()
+        for buffer in (self.count, self.total, self.squares):
+            buffer.zero_()
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        super().update(x, low, high)
+        values = x.float()  # squares of 24 bits, so that float64 sums keep them whole, in any order
+        self.count += x.numel() // max(1, self.total.numel())
+        self.total += values.double().sum_to_size(self.total.shape)
+        self.squares += values.square().double().sum_to_size(self.squares.shape)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.count, self.total, self.squares
+
+    def mark(self) -> None:
+        self._base = tuple(s.clone() for s in self.sums)
+
+    def additions(self, extremes: Tensor) -> Tensor:
+        assert self._base is not None
+        return torch.cat([(now - then).flatten() for now, then in zip(self.sums, self._base)])
+
+    def merge(self, extremes: Tensor, additions: Tensor) -> None:
+        assert self._base is not None
+        for buffer, then, news in zip(self.sums, self._base, additions.split([s.numel() for s in self.sums])):
+            buffer.copy_(then + news.view_as(then))
+        super().merge(extremes, additions)
+
+    def means(self) -> Tensor:
+        """float32, in the shape ``channels``: behind a ReLU they lie inside the positive range."""
+        return (self.total / self.count.clamp(min=1)).float()
+
+    def variances(self) -> Tensor:
+        count = self.count.clamp(min=1)
+        return (self.squares / count - (self.total / count).square()).clamp(min=0)
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether all values of each channel were equal, so that no threshold can tell them apart."""
+        return not self.empty and not bool((self.variances() > 1e-12 * self.squares / self.count).any())
+
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
+        """The mean distance from the channel's mean, were the values normally distributed.
+
+        On a wider grid, where a ladder of bit widths begins, the range of everything.
+        """
+        if self.spec.fmt.grid != "sign":
+            return super().qparams()
+        spread = self.variances().mean() * (2 / math.pi)
+        return affine.round_scale(spread.sqrt().float(), self.spec), None
 
 
 class HistogramObserver(Observer):
@@ -457,16 +546,24 @@ OBSERVERS: dict[str, type[Observer]] = {
     "percentile": PercentileObserver,
     "mse": HistogramMSEObserver,
     "entropy": EntropyObserver,
+    "mean": MeanMagnitudeObserver,
 }
 """Observers by name, for activations."""
 
 
-def make_observer(spec: TensorSpec, shape: torch.Size | None = None) -> Observer:
-    """The observer a spec asks for. ``shape``: of the weight; None for an activation.
+def make_observer(spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> Observer:
+    """The observer a spec asks for.
 
-    Sign and ternary grids take their scale from the mean magnitude; ``mse`` on weights searches each row.
+    Sign and ternary grids take their scale from the mean magnitude; ``mse`` on weights searches each row; ``rsign``
+    needs the mean of each channel.
+
+    Args:
+        shape: shape of the weight; None for an activation.
+        channels: the shape in which one number for each channel broadcasts against an activation.
     """
     fmt = spec.fmt
+    if spec.learned == "rsign":
+        return ChannelMomentsObserver(spec, channels)
     if spec.observer != "mse" and (fmt.grid == "sign" or fmt.name == "ternary"):
         return MeanMagnitudeObserver(spec, shape)
     if spec.observer == "mse" and fmt.grid == "sign":

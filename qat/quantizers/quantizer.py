@@ -20,7 +20,7 @@ from qat.kernels import ste
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.observers import KeepsPrecision, make_observer
+from qat.quantizers.observers import ChannelMomentsObserver, KeepsPrecision, make_observer
 
 
 class Quantizer(KeepsPrecision):
@@ -31,6 +31,8 @@ class Quantizer(KeepsPrecision):
         shape: shape of the weight; for an activation None, or any shape with its number of columns (``per_column``).
 
     Attributes:
+        own: the spec of the recipe. ``spec``, the one at work, differs from it on a higher rung of a ladder of bit
+            widths only.
         name: dotted name in the model, for messages.
         observing: whether ranges move. Set by ``calibrate`` and the schedule; independent of ``train()``/``eval()``.
         floor, ceiling: clamp of an absorbed activation function (ReLU: 0 and None).
@@ -44,7 +46,7 @@ class Quantizer(KeepsPrecision):
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = self.own = spec
         self.shape = shape
         self.name = ""
         self.observing = False
@@ -75,6 +77,21 @@ class Quantizer(KeepsPrecision):
         if self.mask is None:
             return x
         return torch.where(self.mask, x, 0.0) if self.scores is None else _Movement.apply(x, self.scores, self.mask)
+
+    def work_at(self, bits: int | None, afresh: bool = True) -> bool:
+        """Work with at least ``bits`` bits for now (a rung of a ladder of bit widths); None: with the spec's own.
+
+        The tensors of the state keep their names and shapes, so a checkpoint of any rung loads.
+
+        Args:
+            afresh: forget the range, which belongs to another grid; False where it was loaded for this rung.
+
+        Returns:
+            Whether the grid is another now.
+        """
+        spec = self.own if bits is None else widened(self.own, bits, self.is_weight, self.floor == 0.0)
+        changed, self.spec = spec != self.spec, spec
+        return changed
 
     def observe(self, x: Tensor) -> None:
         """Take ``x`` into account for the range."""
@@ -218,9 +235,9 @@ class StaticQuantizer(Quantizer):
     zero_point: Tensor | None
     range_frozen: Tensor
 
-    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> None:
         super().__init__(spec, shape)
-        self.observer = make_observer(spec, shape)
+        self.observer = make_observer(spec, shape, channels)
         size = self.observer.low.shape
         self.register_buffer("scale", torch.full(size, torch.nan, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32) if spec.symmetric is False else None)
@@ -273,9 +290,36 @@ class StaticQuantizer(Quantizer):
 
     def restart(self) -> None:
         if self.is_weight:
-            self.observer.reset()
-            self.scale.fill_(torch.nan)
-            self._calibrated = False
+            self.forget()
+
+    def forget(self) -> None:
+        """Be as before any range was known."""
+        self.observer.reset()
+        self.scale.fill_(torch.nan)
+        self._calibrated = False
+
+    def work_at(self, bits: int | None, afresh: bool = True) -> bool:
+        """As for every quantizer.
+
+        Raises:
+            CalibrationError: the range is frozen, so it cannot be found anew.
+        """
+        before = self.spec
+        if not super().work_at(bits, afresh):
+            return False
+        if afresh and self.frozen:
+            self.spec = before
+            raise CalibrationError(f"{self.name or 'quantizer'}: its range is frozen, so its bits stay as they are; "
+                                   "freeze ranges after the last rung of the ladder")
+        self.follow_spec()
+        if afresh:
+            self.forget()
+        return True
+
+    def follow_spec(self) -> None:
+        """Have an observer for another spec with the same buffers."""
+        kept, self.observer = self.observer, make_observer(self.spec, self.shape).to(self.scale.device)
+        self.observer.load_state_dict(kept.state_dict())
 
     def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
         self.follow(x)
@@ -312,15 +356,20 @@ class StaticQuantizer(Quantizer):
 
 
 class FrozenQuantizer(Quantizer):
-    """A scale and a zero point that will not change: what is left of any calibrated quantizer after ``convert``."""
+    """A scale and a zero point that will not change: what is left of any calibrated quantizer after ``convert``.
+
+    ``threshold`` is what is subtracted first (``rsign``), in the shape in which it broadcasts; else None.
+    """
 
     scale: Tensor
     zero_point: Tensor | None
+    threshold: Tensor | None
 
     def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
         super().__init__(spec, shape)
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32) if spec.symmetric is False else None)
+        self.register_buffer("threshold", None)
         self._zero_point: Tensor | int | None = None if self.zero_point is None else 0
 
     @classmethod
@@ -330,6 +379,8 @@ class FrozenQuantizer(Quantizer):
         frozen.name, frozen.floor, frozen.ceiling = source.name, source.floor, source.ceiling
         frozen.training = source.training
         frozen.scale = scale.clone()
+        if isinstance(source, ThresholdQuantizer):
+            frozen.threshold = source.threshold(scale).detach().clone()
         if frozen.zero_point is not None:
             zero_point = torch.as_tensor(0 if zero_point is None else zero_point, device=scale.device)
             frozen.zero_point = zero_point.to(torch.int32).expand(scale.shape).clone()
@@ -349,8 +400,17 @@ class FrozenQuantizer(Quantizer):
         """Scale and zero point."""
         return self.scale, self._zero_point
 
+    @property
+    def only_places(self) -> bool:
+        return self.threshold is None and not (self._forward_hooks or self._forward_pre_hooks)
+
     def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
         return self.scale, self._zero_point, self.grid(), None
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        if self.threshold is not None:
+            return ste.quantize_above(x, self.threshold, self.scale, ste.Grid(self.spec))
+        return super().quantize(x)
 
 
 class LearnedQuantizer(StaticQuantizer):
@@ -366,8 +426,8 @@ class LearnedQuantizer(StaticQuantizer):
     log_scale: nn.Parameter
     offset: nn.Parameter | None
 
-    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None) -> None:
-        super().__init__(spec, shape)
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> None:
+        super().__init__(spec, shape, channels)
         if spec.scale_dtype != "float32" or spec.power_of_two:
             raise SpecError("a learned scale is free: leave out scale_dtype and power_of_two")
         size = self.scale.shape
@@ -387,11 +447,10 @@ class LearnedQuantizer(StaticQuantizer):
         super().loaded()
         self._fixed_zero_point = None
 
-    def restart(self) -> None:
-        super().restart()
-        if self.is_weight:
-            with torch.no_grad():
-                self.log_scale.fill_(torch.nan)
+    def forget(self) -> None:
+        super().forget()
+        with torch.no_grad():
+            self.log_scale.fill_(torch.nan)
 
     def present(self) -> tuple[Tensor, Tensor | int | None]:
         """Scale (differentiable) and zero point as they are now.
@@ -411,34 +470,126 @@ class LearnedQuantizer(StaticQuantizer):
         if not self._calibrated:
             super().follow(x)
 
-    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+    def start(self, x: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Scale and zero point as they are now, from the observer's start where training has not begun.
+
+        Raises:
+            NotCalibratedError: there is nothing to start from.
+            CalibrationError: training has made the scale 0, infinite or NaN.
+        """
         super().placing(x)
         scale, zero_point = self.present()
         # (a question about values would cut a compiled graph in two)
         if not torch.compiler.is_compiling() and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError(f"{self.name}: a learned scale has become 0, infinite or NaN; lower its learning "
                                    "rate")
-        per_scale = x.numel() / max(1, scale.numel())
+        return scale, zero_point
+
+    def gradient_factor(self, x: Tensor, sharing: int) -> float:
+        """LSQ's ``1 / sqrt(values for each of the ``sharing`` learned numbers * greatest code)``."""
+        values = x.numel() / max(1, sharing)
         if not self.is_weight and x.dim() > 0:
-            per_scale /= max(1, x.shape[0])
-        top = max(abs(self.spec.fmt.lo), self.spec.fmt.hi)
-        grid = self.grid(learned=self.spec.learned, scale_gradient=1.0 / math.sqrt(max(1.0, per_scale) * top))
+            values /= max(1, x.shape[0])
+        return 1.0 / math.sqrt(max(1.0, values) * max(abs(self.spec.fmt.lo), self.spec.fmt.hi))
+
+    def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
+        scale, zero_point = self.start(x)
+        grid = self.grid(learned=self.spec.learned, scale_gradient=self.gradient_factor(x, scale.numel()))
         return scale, zero_point, grid, self.offset
 
 
-def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None) -> Quantizer:
+class ThresholdQuantizer(LearnedQuantizer):
+    """Binary activations that learn where each channel changes sign: ``sign(x - threshold) * scale``.
+
+    This is the RSign of ReActNet (Liu et al. 2020) with a scale. After a ReLU, the sign of ``x`` itself is constant and
+    carries nothing; here the threshold starts at the channel's mean, inside the positive range. A ReLU (or another
+    clamp) in front that is absorbed is dropped altogether: behind a threshold inside its range it decides no sign, and
+    without it the values that it cuts off go on learning.
+
+    Parameters:
+        log_scale: as in :class:`LearnedQuantizer`.
+        channel_threshold: the thresholds in units of the scale, so that one learning rate suits inputs of any size;
+            in the shape ``channels``.
+    """
+
+    observer: ChannelMomentsObserver
+
+    def __init__(self, spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> None:
+        super().__init__(spec, shape, channels)
+        self.channel_threshold = nn.Parameter(torch.zeros(channels))
+
+    def threshold(self, scale: Tensor) -> Tensor:
+        """The thresholds in units of the input, float32 (differentiable)."""
+        return self.channel_threshold.float() * scale
+
+    def settle(self) -> None:
+        super().settle()
+        if self._calibrated and self.spec.fmt.grid == "sign":
+            with torch.no_grad():
+                self.channel_threshold.copy_(self.observer.means() / self.scale)
+
+    def follow_spec(self) -> None:
+        self.observer.spec = self.spec
+
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        if self.spec.fmt.grid != "sign":  # a higher rung of a ladder
+            return super().quantize(x)
+        scale, _ = self.start(x)
+        grid = ste.Grid(self.spec, learned="lsq", scale_gradient=self.gradient_factor(x, 1))
+        slow = self.gradient_factor(x, self.channel_threshold.numel())
+        threshold = ste.scaled_gradient(self.threshold(scale), slow)
+        if not bool(torch.isfinite(threshold).all()):
+            raise CalibrationError(f"{self.name}: a learned threshold has become infinite or NaN; lower its learning "
+                                   "rate")
+        return ste.quantize_above(x, threshold, scale, grid)
+
+
+def widened(spec: TensorSpec, bits: int, weight: bool, positive: bool) -> TensorSpec:
+    """``spec`` with at least ``bits`` bits: the grid of a higher rung that is nearest to its own.
+
+    Args:
+        weight: whether it is a weight's.
+        positive: whether no value is negative (behind an absorbed ReLU).
+
+    >>> widened(TensorSpec("binary", learned="rsign"), 4, weight=False, positive=True).format
+    'uint4'
+
+    Raises:
+        SpecError: no grid has so many bits.
+    """
+    fmt = spec.fmt
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise SpecError(f"a rung has 1 to 8 bits, not {bits!r}")
+    if bits <= fmt.bits:
+        return spec
+    name = f"int{bits}"
+    if fmt.grid == "midrise" or (fmt.grid == "sign" and weight):
+        name = f"{name}_midrise" if bits <= (4 if fmt.grid == "midrise" else 2) else name
+    if not fmt.signed or (positive and not weight):
+        name = f"u{name}"
+    observer = spec.observer
+    if not weight and (fmt.grid == "sign" or (fmt.name == "ternary" and observer != "mse")):
+        observer = "minmax"  # these grids keep no histogram, so their wider forms have none either
+    return spec.replace(format=name, observer=observer, learned="lsq" if spec.learned == "rsign" else spec.learned)
+
+
+def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None, channels: tuple[int, ...] = ()) -> Quantizer:
     """The quantizer a spec asks for.
 
     Args:
         spec: as written in a recipe; defaults are filled in here (``per_column``: an activation's, filled in already).
         shape: shape of the weight (output channels first); None for an activation; a shape that ends in the number of
             columns for an activation with a scale for each.
+        channels: of an activation: the shape in which one number for each channel broadcasts against it, such as
+            (in, 1, 1) for the input of a two-dimensional convolution; () where its channels are not known.
 
     Weights with ``observer: minmax`` follow their weight at every step; other observers are searched when observing.
     """
     columns = spec.granularity == "per_column"
     if not columns:
         spec = spec.for_weight() if shape is not None else spec.for_activation()
+    if spec.learned == "rsign":
+        return ThresholdQuantizer(spec, None, channels)
     if spec.learned:
         return LearnedQuantizer(spec, shape)
     if spec.dynamic or (shape is not None and not columns and spec.observer in ("minmax", "moving_average")):

@@ -5,7 +5,9 @@ from qat.training.build import allow_targets, build
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.data import DigitsDataModule, ImageDataModule, ResumableData, ResumableLoader
 from qat.training.finetune import QuantizationAware, deploy, quantize
+from qat.training.ladder import Ladder
 from qat.training.module import QuantizedTraining, WarmupCosine
+from qat.training.oscillation import Oscillations
 from qat.training.pruning import PruningSchedule
 from qat.training.sharding import shard
 from qat.training.text import LineDataModule, TextDataModule
@@ -15,7 +17,9 @@ __all__ = [
     "BitsPerByte",
     "DigitsDataModule",
     "ImageDataModule",
+    "Ladder",
     "LineDataModule",
+    "Oscillations",
     "PruningSchedule",
     "QuantizationAware",
     "QuantizationSchedule",

@@ -94,32 +94,32 @@ class QuantizationSchedule(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
         self._calibrate(trainer, pl_module)
-        network = _network(pl_module)
+        network = prepared_network(pl_module)
         if processes.several_processes():
             start_merging(network)
         self._enter(network, trainer)
 
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        network = _network(pl_module)
+        network = prepared_network(pl_module)
         if processes.several_processes():
             _check_batch_counts(trainer)
         missing = any(not q.calibrated for q in activation_quantizers(network))
         unseen = prepared_state(network).functions is None and not self.calibrated
         if self.calibration_batches and (missing or unseen):
-            with _inputs(trainer, pl_module, self.calibration_batches) as inputs:
+            with training_inputs(trainer, pl_module, self.calibration_batches) as inputs:
                 qat.calibrate(network, inputs, merge="batches" if _dealt(trainer) else "parts")
         self.calibrated = True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(_network(pl_module), trainer)
+        self._enter(prepared_network(pl_module), trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if processes.several_processes():
-            network = _network(pl_module)
+            network = prepared_network(pl_module)
             if self._observing:
                 merge_ranges(network)
             merge_batch_norm(network)
@@ -140,7 +140,7 @@ class QuantizationSchedule(L.Callback):
 
     def _pause(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._observing:
-            qat.set_observing(_network(pl_module), False)
+            qat.set_observing(prepared_network(pl_module), False)
             self._observing = False  # the next training batch turns it on again
 
     on_validation_start = _pause
@@ -152,8 +152,8 @@ class QuantizationSchedule(L.Callback):
         if self.reestimate_batches:
             for average in (c for c in trainer.callbacks if isinstance(c, WeightAverage)):  # type: ignore[attr-defined]
                 average.apply(pl_module)  # the statistics are those of the weights that will be deployed
-            with _inputs(trainer, pl_module, self.reestimate_batches) as inputs:
-                qat.reestimate_batch_norm(_network(pl_module), inputs)
+            with training_inputs(trainer, pl_module, self.reestimate_batches) as inputs:
+                qat.reestimate_batch_norm(prepared_network(pl_module), inputs)
 
 
 class SynchronizedBatchNorm(LayerSync):
@@ -191,7 +191,8 @@ def _check_batch_counts(trainer: L.Trainer) -> None:
         )
 
 
-def _network(pl_module: L.LightningModule) -> nn.Module:
+def prepared_network(pl_module: L.LightningModule) -> nn.Module:
+    """The prepared network of a module; :class:`~qat.errors.ConfigError` if it has none."""
     network = getattr(pl_module, "quantized_network", None)
     if network is None or not qat.is_prepared(network):
         raise ConfigError(
@@ -212,7 +213,7 @@ def _progress(trainer: L.Trainer) -> float:
 
 
 @contextmanager
-def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterator[Iterable[Any]]:
+def training_inputs(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> Iterator[Iterable[Any]]:
     """The network's inputs in ``count`` training batches; training loaders and random numbers stay where they are."""
     feeding: Any = pl_module.feeding
     with (

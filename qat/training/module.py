@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -149,11 +148,11 @@ class QuantizedTraining(L.LightningModule):
             network = qat.prepare(
                 network, qat.Recipe.from_dict(self.hparams["recipe"]), zeros(self.hparams["example_inputs"])
             )
-            if self.distiller is not None:
-                self.distiller.check(network)
             pruning = Pruning.from_dict(self.hparams["prune"])
             if pruning.masks:
                 attach(network, pruning)
+            if self.distiller is not None:
+                self.distiller.check(network)
         if self.hparams["compile"] is not None:
             network.compile(**self.hparams["compile"])
         self.network = network
@@ -165,12 +164,13 @@ class QuantizedTraining(L.LightningModule):
             state = checkpoint["state_dict"]
             for name in [name for name in state if name.startswith("distiller.")]:
                 del state[name]
+
     @property
     def quantized_network(self) -> nn.Module | None:
         """The network; prepared, if there is a recipe, once ``configure_model`` has run."""
         return self.network
 
-    @contextmanager
+    @contextlib.contextmanager
     def feeding(self, batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
         """The network's inputs in these batches, for `qat.calibrate` and the like."""
         yield (self.split(batch)[0] for batch in batches)
@@ -192,14 +192,17 @@ class QuantizedTraining(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.split(batch)
-        if self.hparams["distill"] is None:
-            with uncompiled() if self.observing() else contextlib.nullcontext():
-                output = self(inputs)
-            loss: Tensor = self.loss(output, target)
-        else:
-            loss = self._taught_loss(inputs, target, batch)
+        with uncompiled() if self.observing() else contextlib.nullcontext():
+            if self.hparams["distill"] is None:
+                loss: Tensor = self.loss(self(inputs), target)
+            else:
+                loss = self._taught_loss(inputs, target, batch)
         self.log("train_loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
+
+    def observing(self) -> bool:
+        """Whether a compiled network must run uncompiled now, because some quantizer follows what it sees."""
+        return self.hparams["compile"] is not None and any(getattr(m, "observing", False) for m in self.modules())
 
     def _taught_loss(self, inputs: Any, target: Any, batch: Any) -> Tensor:
         """The loss against the labels and the teacher."""
@@ -219,10 +222,6 @@ class QuantizedTraining(L.LightningModule):
         task: Tensor = self.loss(output, target)
         self.log_dict({f"train_{name}_loss": part for name, part in {"task": task, **parts}.items()}, on_epoch=False)
         return self.distiller.combine(task, parts)
-
-    def observing(self) -> bool:
-        """Whether a compiled network must run uncompiled now, because some quantizer follows what it sees."""
-        return self.hparams["compile"] is not None and any(getattr(m, "observing", False) for m in self.modules())
 
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         inputs, target = self.split(batch)

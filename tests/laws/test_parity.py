@@ -82,6 +82,9 @@ SCHEMES: list[tuple[Any, Any]] = [
     ("int8", {"format": "uint8", "observer": "entropy"}), ("int8", {"format": "int8", "observer": "moving_average"}),
     ({"format": "int4", "learned": "lsq"}, {"format": "uint8", "learned": "lsq_plus"}),
     ("int8", {"format": "uint4", "learned": "pact"}), ("int8", {"format": "int8", "learned": "lsq"}),
+    ("binary", {"format": "binary", "learned": "rsign"}), ("int8", {"format": "uint2", "observer": "mean"}),
+    ({"format": "int3", "learned": "lsq", "observer": "mean"},
+     {"format": "int4", "learned": "lsq", "observer": "mean"}),
     ({"format": "int4", "symmetric": False}, None), ("binary", None), ("ternary", None), ("int2_midrise", None),
 ]
 

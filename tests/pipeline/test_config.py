@@ -79,6 +79,10 @@ def test_recipes_from_a_file_a_preset_and_rules(tmp_path):
         (["+sead=1"], "did you mean 'seed'"),
         (["+schedule.epoch=1"], "did you mean 'epochs'"),
         (["+schedule.phases.freeze_range_at=1"], "did you mean 'freeze_ranges_at'"),
+        (["schedule.ladder=[{until:0.2,weigth:8}]"], "did you mean 'weight'"),
+        (["schedule.ladder=[{until:0.9,weight:8}]"], r"0\.33 comes before"),
+        (["+schedule.oscillation.damping=1"], "did you mean 'dampening'"),
+        (["schedule.oscillation.freeze_above=0"], "positive frequency"),
         (["+early_stopping.patient=1"], "did you mean 'patience'"),
         (["+logger.tensorbord=1"], "did you mean 'tensorboard'"),
         (["+optimizer.momentum=1"], "no option 'momentum'"),
@@ -143,3 +147,18 @@ def test_a_value_that_follows_one_that_is_missing():
     with pytest.raises(OmegaConfBaseException) as caught:
         run_config(composed("model=cnn"))
     assert "give model.channels=<value>" in explain(caught.value, CONF, "config")
+
+
+@pytest.mark.parametrize("order", [("recipe=w1a1", "schedule=ladder"), ("schedule=ladder", "recipe=w1a1")])
+def test_a_schedule_on_the_command_line_replaces_the_recipe_s(order):
+    assert run_config(composed("recipe=w1a1"))["schedule"]["ladder"] == []
+    two_steps = run_config(composed("recipe=w1a1", "schedule=two_steps"))
+    assert two_steps["schedule"]["ladder"] == [{"until": 0.4, "weight": 8}]
+    assert [rung["weight"] for rung in run_config(composed(*order))["schedule"]["ladder"]] == [8, 4, 2]
+
+
+def test_weight_decay_falls_with_the_bits():
+    """The whole at 4 bits and more, half at 3, a quarter at 2 (Esser et al. 2020), none at 1."""
+    found = {name: run_config(composed(f"recipe={name}"))["schedule"]["weight_decay"] for name in qat.recipe.PRESETS}
+    expected = {"w4a4": 1.0, "w8a4": 1.0, "w3a8": 0.5, "w3a16": 0.5, "w2a2": 0.25, "w158a8": 0.25, "w1a8": 0, "w1a1": 0}
+    assert expected.items() <= found.items()

@@ -129,3 +129,18 @@ def test_weight_average_and_compile_are_options_of_a_run(tmp_path):
     for wrong in ("weight_average.decay=2", "weight_average.decay=yes", "compile=yes", "compile={mod: x}"):
         with pytest.raises(ConfigError, match=r"weight_average\.decay|compile"):
             make(tmp_path, wrong)
+
+
+def test_a_run_on_the_ladder(tmp_path):
+    """It goes down to the recipe's own bits, deploys them, and trains with the weight decay of its schedule."""
+    run = make(tmp_path, "model=mlp", "recipe=w2a2", "schedule=ladder", "schedule.oscillation.dampening=0.01")
+    assert run.execute().bit_equal
+    control, quantized = (
+        torch.load(tmp_path / stage / "checkpoints" / "last.ckpt", weights_only=True) for stage in ("control", "qat")
+    )
+    assert quantized["callbacks"]["Ladder"] == {"rung": 3}
+    assert "Oscillations" in quantized["callbacks"]
+    decays = [c["hyper_parameters"]["optimizer"]["weight_decay"] for c in (control, quantized)]
+    assert decays == [0.01, 0.0025]
+    plan = json.loads((tmp_path / "deployed" / "manifest.json").read_text())["plan"]["layers"]
+    assert {layer["weight"]["format"] for layer in plan.values()} == {"int8", "int2_midrise"}

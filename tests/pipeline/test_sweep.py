@@ -31,7 +31,7 @@ def write(folder: Path, number: int, recipe: str, seed: int, metric: str = "accu
     rows = [Row("float", 0.99 * scale, 1.0, None, 85496, 3.0), Row("control", 0.985 * scale, 1.0, None, 85496, 3.0),
             Row("ptq", 0.9 * scale, 0.9, 0.9, 90000, 4.0), Row("qat", score, 0.9, 1.0, 90000, 4.0),
             Row("deployed", score, 0.9, 1.0, size, 2.0)]
-    (run / "results.csv").write_text(Results(metric, rows, True, 0.0, 360, 64).csv())
+    (run / "results.csv").write_text(Results(metric, rows, True, 0.0, 360, 64, proportion=scale == 1.0).csv())
     return run
 
 

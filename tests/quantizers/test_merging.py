@@ -19,6 +19,8 @@ KINDS = {
     "mse": {"format": "int4", "observer": "mse"},
     "entropy": {"format": "int8", "observer": "entropy"},
     "mean magnitude": {"format": "binary"},
+    "mean": {"format": "int4", "observer": "mean", "learned": "lsq"},
+    "moments of channels": {"format": "binary", "learned": "rsign"},
 }
 
 

@@ -90,7 +90,7 @@ def test_observers_do_not_depend_on_empty_batches(name: str) -> None:
     other.observe(x[:0])
     other.observe(x)
     other.observe(torch.zeros(0, 3))
-    assert all(torch.equal(a, b) for a, b in zip(one.qparams(), other.qparams()))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(one.qparams(), other.qparams()))
 
 
 @pytest.mark.parametrize("name", ["percentile", "mse", "entropy"])

@@ -163,7 +163,7 @@ def batch_norm(rank: int, folder: Path) -> Any:
 def training(rank: int, folder: Path) -> Any:
     found = {}
     for preset in PRESETS:
-        module, seen = fit(folder, qat.Recipe.preset(preset).to_dict(), rank, WORLD)
+        module, seen = fit(folder, qat.Recipe.preset(preset).to_dict(), rank, WORLD, lr=2e-2)
         deployed, certificate = qat.convert(module.network.eval(), batches())
         with torch.no_grad():
             equal = torch.equal(deployed(batches()[0]), module.network(batches()[0]))
