@@ -211,8 +211,7 @@ class QuantizedTraining(L.LightningModule):
                 "This module learns from a teacher, which no checkpoint holds: pass teacher= to train it, or "
                 "distill=None to train it on the labels alone."
             )
-        looking = self.distiller.watching(cast(nn.Module, self.network))
-        with uncompiled() if self.observing() else contextlib.nullcontext(), looking as said:
+        with self.distiller.watching(cast(nn.Module, self.network)) as said:
             output = self(inputs)
         known = isinstance(batch, tuple | list) and isinstance(batch[1], Taught)
         told = batch[1].told if known else self.distiller.ask(inputs)
