@@ -13,7 +13,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,7 +25,7 @@ from qat.errors import ConfigError, nearest
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.numerics.tensor import QuantizedTensor
-from qat.tracing import run
+from qat.tracing import uncompiled
 
 Said = dict[str, Tensor]
 """What a network computed, by place: ``logits``, ``hidden/<layer>/<call>``, ``attention/<layer>/<call>``."""
@@ -114,7 +114,7 @@ class Distillation:
         weight: 0 to 1; 1 learns without labels, 0 leaves the logits out.
         temperature: of both softmaxes; 2 to 4 is usual.
         divergence: ``kl``, ``binary`` or ``mse``; see `logits_loss`.
-        class_dim: the logits' dimension of classes. None: the one that the target lacks.
+        class_dim: the logits' dimension of classes. None: the one that the loss names, or else that the target lacks.
         hidden: layers whose outputs are compared: ``{student's name: teacher's name}``, or a list of names that both
             have. Name what computes the same thing in both: blocks, norms and activation functions. Where the widths
             differ, a learned projection (a linear map without bias, not part of the student) comes in between.
@@ -198,7 +198,8 @@ def watching(network: nn.Module, hidden: Sequence[str] = (), attention: Sequence
 
     Codes are dequantized. An activation function that quantizers absorbed is applied, so that a block of a quantized
     network shows what the same block of the float network shows. ``nn.MultiheadAttention`` is asked for the map of each
-    head, and its caller gets what it asked for. The hooks are gone after the block.
+    head, and its caller gets what it asked for. Where layers are named, compiled networks run uncompiled. The hooks are
+    gone after the block.
 
     Raises:
         ConfigError: a layer is not there, or its output is not what was asked for; the message names it.
@@ -228,7 +229,7 @@ def watching(network: nn.Module, hidden: Sequence[str] = (), attention: Sequence
                 handles += _ask_for_maps(module, functools.partial(keep, "attention", name))
             else:
                 handles.append(module.register_forward_hook(map_of(name)))
-        with _whole_path(bool(handles)):
+        with _layer_by_layer() if handles else nullcontext():
             yield said
     finally:
         for handle in handles:
@@ -337,12 +338,13 @@ def _map(output: Any, name: str) -> Tensor:
 
 
 @contextmanager
-def _whole_path(on: bool) -> Iterator[None]:
-    """No fast path of nn.TransformerEncoder meanwhile: it would pass the layers by, and their hooks."""
+def _layer_by_layer() -> Iterator[None]:
+    """No compiled network and no fast path of nn.TransformerEncoder meanwhile: both pass the hooks of layers by."""
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(before and not on)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
@@ -541,6 +543,7 @@ class Distiller(nn.Module):
         told: Said,
         target: Any = None,
         ignore_index: int | None = None,
+        dim: int | None = None,
     ) -> dict[str, Tensor]:
         """The parts of the loss by name (``logits``, ``hidden``, ``attention``), unweighted.
 
@@ -549,6 +552,7 @@ class Distiller(nn.Module):
             said, told: what student and teacher computed on the same inputs (`watching`, `ask`).
             target: the labels. They show which dimension of the logits holds the classes, and what is ignored.
             ignore_index: positions whose label is this do not count, as in ``nn.CrossEntropyLoss``.
+            dim: the dimension of classes, where that is known; ``Distillation.class_dim`` comes first.
 
         Raises:
             ConfigError: shapes that do not fit, layers called a different number of times.
@@ -556,7 +560,8 @@ class Distiller(nn.Module):
         parts: dict[str, Tensor] = {}
         if self.distillation.weight:
             mine, theirs = _tensor(output, "student"), told["logits"]
-            dim = class_dim(mine, target, self.distillation.class_dim)
+            given = self.distillation.class_dim
+            dim = class_dim(mine, target, dim if given is None else given)
             self._compare(mine, theirs, dim)
             ignored = None
             if ignore_index is not None and isinstance(target, Tensor) and not target.is_floating_point():
@@ -607,7 +612,9 @@ class Distiller(nn.Module):
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:
-    return run(network, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, tuple | list) else network(inputs)
 
 
 def logits(output: Any) -> Any:

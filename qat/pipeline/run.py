@@ -143,7 +143,8 @@ class Run:
                 attach(prepared, self.pruning)
         teacher = None
         if self.distill["teacher"] is not None and not (self.folder / "stages" / "qat.json").exists():
-            teacher = check_distillation(self.config, self.folder, self._example)
+            student = self._cut(build(self.config["model"], "model"))[0]
+            teacher = check_distillation(self.config, self.folder, student, self._example)
             if self.distill["cache"]:
                 check_cache(self.data.train_dataloader())
         path = self.folder / "config.yaml"

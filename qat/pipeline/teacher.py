@@ -38,14 +38,15 @@ def load_teacher(config: Mapping[str, Any], folder: Path, example_inputs: Any) -
     return load_model(described, root, model, example_inputs)
 
 
-def check_distillation(config: Mapping[str, Any], folder: Path, example_inputs: Any) -> str | None:
-    """Let the teacher meet the student before anything is trained; the digest of a teacher from elsewhere.
+def check_distillation(
+    config: Mapping[str, Any], folder: Path, student: nn.Module, example_inputs: Any
+) -> str | None:
+    """Let the teacher meet the (float) student before anything is trained; the digest of a teacher from elsewhere.
 
     Raises:
         ConfigError: they do not fit.
     """
     section = config["distill"]
-    student: nn.Module = build(config["model"], "model")
     own = section["teacher"] == OWN
     teacher = build(config["model"], "model") if own else load_teacher(config, folder, example_inputs)
     distiller = Distiller(options(section), teacher, student, example_inputs)

@@ -215,7 +215,9 @@ class QuantizedTraining(L.LightningModule):
             output = self(inputs)
         known = isinstance(batch, tuple | list) and isinstance(batch[1], Taught)
         told = batch[1].told if known else self.distiller.ask(inputs)
-        parts = self.distiller.losses(output, said, told, target, getattr(self.loss, "ignore_index", None))
+        torchs = type(self.loss) is nn.CrossEntropyLoss and isinstance(output, Tensor) and output.ndim > 1
+        dim = getattr(self.loss, "class_dim", 1 if torchs else None)
+        parts = self.distiller.losses(output, said, told, target, getattr(self.loss, "ignore_index", None), dim)
         task: Tensor = self.loss(output, target)
         self.log_dict({f"train_{name}_loss": part for name, part in {"task": task, **parts}.items()}, on_epoch=False)
         return self.distiller.combine(task, parts)

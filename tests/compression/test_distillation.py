@@ -394,6 +394,38 @@ def test_transformers_of_other_depth_learn_attention_and_ignore_padding():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize("state", ["prepared", "deployed"])
+def test_quantized_transformers_show_their_attention_and_teach_it(state):
+    x = torch.randn(8, 6, 8)
+    net = encoder(2, 2).eval()
+    quantized = prepared(net, x, "w8a8")
+    if state == "deployed":
+        quantized, _ = qat.convert(quantized, [x])
+    names = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    with torch.no_grad(), watching(net, attention=names) as expected, watching(quantized, attention=names) as found:
+        net(x), quantized(x)
+    assert expected.keys() == found.keys()
+    for name, maps in expected.items():
+        assert maps.shape == (8, 2, 6, 6)
+        torch.testing.assert_close(found[name], maps, atol=0.03, rtol=0)
+    student = prepared(net, x, "w4a8").train()
+    distiller = Distiller({"attention": "auto", "weight": 0}, quantized, student, x)
+    _, parts = distiller(student, x)
+    parts["attention"].backward()
+    for layer in student.encoder.layers:
+        assert layer.self_attn.in_proj_weight.grad[:16].abs().sum() > 0
+
+
+def test_a_compiled_network_shows_its_layers():
+    net, x = mlp(), torch.randn(4, 6)
+    net.compile(backend="eager")
+    net(x)
+    with watching(net, ["1"]) as said:
+        net(x)
+    assert torch.equal(said["hidden/1/0"], net[0](x).relu())
+    torch._dynamo.reset()
+
+
 def test_maps_of_a_softmax_module_and_what_is_no_map():
     class Attention(nn.Module):
         def __init__(self):

@@ -130,6 +130,21 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, teacher, cache):
     assert weights(whole, "float", "control", "ptq", "qat") == weights(again, "float", "control", "ptq", "qat")
 
 
+def test_token_models_and_students_without_all_their_channels(tmp_path):
+    """Where classes come last; and where a layer is narrower than its teacher's because it was pruned."""
+    run = make(
+        tmp_path / "tokens", "experiment=lm", "model=byte_transformer", "model.layers=1", "model.width=24",
+        "data.eval_windows=8", "data.batch_size=4", "trainer.max_steps=2", "trainer.val_check_interval=null",
+        "distill=logits", "distill.hidden=[blocks.0]", "distill.cache=false",
+    )  # fmt: skip
+    assert run.execute().bit_equal is True
+    run = make(tmp_path / "channels", "model=digits_cnn", "model.width=4", "prune=channels", "distill=hidden")
+    assert run.execute().bit_equal is True
+    last = torch.load(run.folder / "qat" / "checkpoints" / "last.ckpt", weights_only=True)
+    projections = [v.shape for n, v in last["state_dict"].items() if n.startswith("distiller.projections")]
+    assert any(inputs < outputs for outputs, inputs in projections)
+
+
 @pytest.mark.parametrize("stage", ["", "control", "qat", "ptq"])
 def test_every_stage_of_a_run_can_teach(tmp_path, teacher, stage):
     run = make(tmp_path / "run", "distill=logits", f"distill.teacher={teacher}/{stage}")
