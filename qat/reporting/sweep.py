@@ -65,15 +65,19 @@ class Sweep:
     def unfinished(self) -> list[Job]:
         return [job for job in self.jobs if job.results is None]
 
-    def varying(self) -> list[str]:
-        """The settings that differ between jobs, without the recipe's details (its name is in the job's)."""
-        keys = sorted({key for job in self.jobs for key in job.config})
+    def varying(self, title: str | None = None) -> list[str]:
+        """The settings that differ between jobs, without the recipe's details (its name is in the job's).
+
+        Args:
+            title: look at the jobs of this title only: a recipe brings a schedule with it, which is no news.
+        """
+        jobs = [job for job in self.jobs if title is None or job.title == title]
+        keys = sorted({key for job in jobs for key in job.config})
         return [key for key in keys if not key.startswith("recipe.")
-                and len({json.dumps(job.config.get(key)) for job in self.jobs}) > 1]
+                and len({json.dumps(job.config.get(key)) for job in jobs}) > 1]
 
     def groups(self) -> dict[str, list[Job]]:
         """Finished jobs by what they are, those that only repeat each other in one list; names are unique."""
-        shown = [key for key in self.varying() if key not in REPEATS]
         groups: dict[str, list[Job]] = {}
         for job in self.jobs:
             if job.results is not None:
@@ -81,6 +85,7 @@ class Sweep:
                 groups.setdefault(json.dumps(alike, sort_keys=True), []).append(job)
         named: dict[str, list[Job]] = {}
         for jobs in groups.values():
+            shown = [key for key in self.varying(jobs[0].title) if key not in REPEATS]
             name = " ".join([jobs[0].title, *(f"{key}={_shown(jobs[0].config.get(key))}" for key in shown)])
             named[name if name not in named else f"{name} ({jobs[0].name})"] = jobs
         return named
@@ -109,17 +114,19 @@ class Sweep:
         return headers, rows
 
     def render(self) -> Table:
-        """For ``rich.print``."""
+        """For ``rich.print``: narrow, so without bytes, and without what is the same for all."""
         headers, rows = self.cells()
+        left_out = {"bytes", *(h for h in ("repeats", "metric") if len({row[headers.index(h)] for row in rows}) == 1)}
+        kept = [i for i, header in enumerate(headers) if header not in left_out]
         caption = "gap: deployed less control. Means over the repeats, ± their standard deviation."
         for job in self.unfinished:
             caption += f"\n{job.name} is not finished (done: {', '.join(job.stages) or 'nothing'})."
         table = Table(title=f"{len(self.jobs)} runs of {self.folder}", caption=caption, caption_justify="left",
-                      box=SIMPLE_HEAD)
-        for i, header in enumerate(headers):
-            table.add_column(header, justify="right" if i else "left", overflow="fold")
+                      box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        for i in kept:
+            table.add_column(headers[i], justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(row[i] for i in kept))
         return table
 
     def csv(self) -> str:
