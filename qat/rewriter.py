@@ -237,11 +237,14 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         if quantized is None or quantized.replaces.__name__ != layer.kind:
             raise PrepareError(f"{name} is a {type(module).__name__}, but the plan was made for a {layer.kind}")
         quantized.swap(module, name, layer)
-    swapped = quantized_modules(model)
+    swapped, home = quantized_modules(model), next((p.device for p in model.parameters()), None)
     for one in swapped.values():
         one.backward_dtype = plan.backward_dtype
         if one.plan.tied_to is not None:
             one.weight_quantizer = swapped[one.plan.tied_to].weight_quantizer
+        if home is not None and one.device() is None:  # a function has no tensor that says where it runs
+            for quantizer in one.activation_quantizers().values():
+                quantizer.to(home)
     folded = {layer.batch_norm: name for name, layer in plan.layers.items() if layer.batch_norm}
     for name in plan.batch_norms:
         QuantizedBatchNorm.swap(modules[name], modules.get(folded.get(name, "\0")))

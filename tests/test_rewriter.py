@@ -11,8 +11,10 @@ from torch import nn
 
 import qat
 from qat.errors import PrepareError
-from qat.modules.base import QuantizedModule
-from qat.rewriter import is_prepared
+from qat.modules.base import LayerPlan, QuantizedModule
+from qat.numerics.formats import TensorSpec
+from qat.planning import Plan
+from qat.rewriter import carry_out, is_prepared
 
 
 def test_prepare_twice_is_an_error() -> None:
@@ -151,3 +153,21 @@ def test_a_prepared_model_trains() -> None:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.75 * losses[0], preset
+
+
+def test_quantizers_of_functions_live_where_the_model_does() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.add, self.product = nn.Linear(3, 3, device="meta"), qat.Add(), qat.MatMul()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.product(self.add(x, self.one(x)), x)
+
+    plan = Plan({"add": LayerPlan("Add", input=TensorSpec("int8").for_activation()),
+                 "product": LayerPlan("MatMul", input=TensorSpec("int8").for_activation())})
+    model = carry_out(Net(), plan)
+    for module in (model.add, model.product):
+        assert module.activation_quantizers()
+        for quantizer in module.activation_quantizers().values():
+            assert {b.device.type for b in quantizer.buffers()} == {"meta"}
