@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,7 +190,7 @@ class _Tap:
 
 
 def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) -> Certificate:
-    """Compare two models on the same data.
+    """Compare two models on the same data, in eval, without gradients.
 
     Raises:
         ParityError: any code or any output differs; the message names the first layer.
@@ -201,7 +202,7 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         q.observing = False  # ranges stand still while they are compared
     taps = _Tap(prepared), _Tap(deployed)
     agree = asked = compared = 0
-    with evaluating(prepared), evaluating(deployed), torch.no_grad():
+    with evaluating(prepared), evaluating(deployed), _requiring_no_gradient(prepared), torch.no_grad():
         for name, module in quantized_modules(prepared).items():
             record = certificate.layers.setdefault(name, {})
             if module.plan.weight is not None:
@@ -249,6 +250,23 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         where = f"first at {wrong[0]}" if wrong else "in floating point between the quantized layers"
         raise ParityError(f"the deployed model differs from the prepared one, {where}: {certificate}")
     return certificate
+
+
+@contextmanager
+def _requiring_no_gradient(model: nn.Module) -> Iterator[None]:
+    """No parameter of ``model`` requires a gradient inside the block, as none of a deployed model does.
+
+    torch chooses kernels by it, even under ``no_grad``: a matrix product that stays float has other last bits then,
+    where its input is strided (nn.MultiheadAttention with ``batch_first``).
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -147,7 +147,7 @@ class Part(QuantizedModule):
         operand = operand or self.operand(x.dtype)
         if operand.codes is None:
             assert operand.values is not None
-            y = F.linear(self.float_input(x), operand.values, operand.bias)
+            y = F.linear(self.float_input(x).contiguous(), operand.values, operand.bias)
             return y if dtype is None else y.to(dtype)
         codes = self.quantized_input(x)
         call = ste.Product(codes, operand.codes, operand.kernel, backward_dtype=self.backward_type(codes))

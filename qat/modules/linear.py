@@ -38,7 +38,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             return self.finish(F.linear(self.float_input(x), self.float_weight(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
-            values = self.float_input(x)
+            # torch multiplies strided inputs in one way or another, depending on whether the weight requires a gradient
+            values = self.float_input(x).contiguous()
             return self.finish(F.linear(values, weight.dequantize(values.dtype), self.bias))
         return self.finish(self.product(self.quantized_input(x), weight))
 

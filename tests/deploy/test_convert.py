@@ -215,3 +215,23 @@ def test_the_certificate_works_on_a_stream() -> None:
     before = zoo.prepared(zoo.build("mlp"), "w8a8", [x])
     _, certificate = qat.convert(before, (zoo.inputs("mlp", n) for n in (1, 0, 3)))
     assert (certificate.batches, certificate.samples) == (3, 4)
+
+
+def test_floats_on_strided_inputs() -> None:
+    """torch multiplies strided inputs in another way where the weight requires a gradient, even under no_grad."""
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.head(self.attention(x, y, y)[0].transpose(0, 1))
+
+    x = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    kept = qat.prepare(Net(), "fp16", example_inputs=x)
+    _, certificate = qat.convert(kept, [x])
+    assert certificate.equal
+    assert all(p.requires_grad for p in kept.parameters())
+    narrow = qat.calibrate(qat.prepare(Net(), "w4a16", example_inputs=x), [x]).eval()
+    deployed, _ = qat.convert(narrow, [x])
+    assert torch.equal(narrow(*x), deployed(*x)), "with gradients on one side only"
