@@ -101,16 +101,6 @@ class Observer(KeepsPrecision):
         """Whether everything seen was zero."""
         return not bool(self.low.any() | self.high.any())
 
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep what was seen in its own precision: counts and sums are never rounded."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for key, value in kept.items():
-            moved = self._buffers[key]
-            if value is not None and moved is not None and moved.dtype != value.dtype:
-                self._buffers[key] = value.to(moved.device)
-        return self
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A float checkpoint holds nothing for an observer: nothing is missing then."""
         if any(key.startswith(prefix) for key in state_dict):
