@@ -246,7 +246,10 @@ SCENARIOS = (dealt_out, one_is_empty, errors, ignored, batch_norm, training, ran
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
+    warnings.simplefilter("error")  # but for what Lightning says of every tiny run, and w1a1 of inputs behind a ReLU
+    for known in (".*LeafSpec", ".*does not have many workers", ".*logging interval", "1-bit activations",
+                  "Checkpoint directory .* exists", "Be aware that when using `ckpt_path`"):
+        warnings.filterwarnings("ignore", known)
     torch.set_num_threads(1)
     here, place = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=place, world_size=WORLD, init_method=f"file://{here}/meeting")
