@@ -18,7 +18,7 @@ from qat.modules.composite import Composite
 from qat.modules.functional import MOVERS, QuantizedFunction, QuantizedMatMul
 from qat.modules.normalization import clamp_of
 from qat.numerics.formats import TensorSpec
-from qat.recipe import Recipe, Rule
+from qat.recipe import PLACING, Recipe, Rule
 from qat.tracing import Call, Key, Trace
 
 FUNCTIONS = ("Add", "Concat", "MatMul")
@@ -114,6 +114,7 @@ class Planner:
         self.apply_rules()
         self.treat_edges()
         self.check_groups()
+        self.fix_ranges()
         self.settle_ties()
         self.result.batch_norms = [n for n, m in self.modules.items() if type(m) in BATCH_NORMS]
         if self.trace is not None:
@@ -323,6 +324,13 @@ class Planner:
         if wrong:
             raise PrepareError(f"group_size does not divide the inputs of {', '.join(wrong)}; choose another size, or "
                                "group_fallback: divisor")
+
+    def fix_ranges(self) -> None:
+        """Where an algorithm is to choose the codes of weights, their ranges stand still."""
+        if any(algorithm.name in PLACING for algorithm in self.recipe.calibration):
+            for product in self.products().values():
+                if product.plan.weight is not None:
+                    product.plan.weight = product.plan.weight.replace(fixed=True)
 
     def out_channels(self, name: str) -> int:
         module = self.modules[name]

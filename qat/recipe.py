@@ -21,8 +21,19 @@ from qat.numerics.formats import TensorSpec
 BACKWARD_DTYPES = ("auto", "float32", "bfloat16")
 EDGES = ("int8", "same")
 KEEP = ("float32", "float16", "bfloat16")
-CALIBRATIONS: tuple[str, ...] = ()
-"""Names of calibration algorithms beyond ranges."""
+CALIBRATIONS: dict[str, dict[str, Any]] = {
+    "equalization": {"sweeps": 20},
+    "hadamard": {"seed": 0},
+    "smoothquant": {"alpha": 0.5},
+    "awq": {"steps": 20, "clip": True},
+    "gptq": {"damp": 0.01, "order": True, "block": 128},
+    "adaround": {"steps": 400, "learning_rate": 1e-2, "weight": 0.01, "rows": 1024},
+    "reconstruction": {"steps": 200, "learning_rate": 1e-4, "scale_learning_rate": 1e-4},
+    "bias_correction": {},
+}
+"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options."""
+PLACING = ("awq", "gptq", "adaround", "reconstruction")
+"""Algorithms that choose codes, so that the ranges of weights must stand still."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,44 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Algorithm:
+    """One calibration algorithm with all of its options."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def to_dict(self) -> str | dict[str, Any]:
+        """Its name; with the options that differ from the defaults, if there are any."""
+        changed = {k: v for k, v in self.options if v != CALIBRATIONS[self.name][k]}
+        return {self.name: changed} if changed else self.name
+
+
+def algorithms(wanted: Any) -> tuple[Algorithm, ...]:
+    """``calibration:`` as written (a name, ``{name: options}``, a list of them), in the order in which they run.
+
+    Raises:
+        RecipeError: an unknown name or option; the nearest is named.
+    """
+    if isinstance(wanted, str | Mapping | Algorithm):
+        wanted = [wanted]
+    if not isinstance(wanted, list | tuple):
+        raise RecipeError(f"calibration: is a list of algorithms, not {wanted!r}")
+    found: dict[str, Algorithm] = {}
+    for one in wanted:
+        if isinstance(one, Algorithm):
+            one = {one.name: dict(one.options)}
+        for name, options in (one if isinstance(one, Mapping) else {one: None}).items():
+            if name not in CALIBRATIONS:
+                raise RecipeError(f"calibration: {name!r} is unknown{nearest(str(name), CALIBRATIONS)}; "
+                                  f"known are {', '.join(CALIBRATIONS)}")
+            _check_keys(f"calibration {name}", options or {}, tuple(CALIBRATIONS[name]))
+            found[name] = Algorithm(name, tuple((CALIBRATIONS[name] | dict(options or {})).items()))
+    if "gptq" in found and "adaround" in found:
+        raise RecipeError("calibration: gptq and adaround both choose the codes of weights: leave one of them out")
+    return tuple(found[name] for name in CALIBRATIONS if name in found)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is quantized.
 
@@ -118,28 +167,25 @@ class Recipe:
         backward_dtype: ``auto`` (follows the trainer's precision), ``float32`` or ``bfloat16``.
         edges: ``int8``: the first and the last matmul-like layer run at W8A8 whatever their (unnamed) rule says;
             ``same``: no exception.
-        calibration: algorithms that ``calibrate`` runs after the ranges.
+        calibration: algorithms that ``calibrate`` runs beside the ranges, see :data:`CALIBRATIONS`: names, or
+            ``{name: {option: value}}``. They run in the order of that table, whatever the order here.
         name: the preset's name, for reports.
     """
 
     rules: tuple[Rule, ...] = ()
     backward_dtype: str = "auto"
     edges: str = "same"
-    calibration: tuple[str, ...] = ()
+    calibration: tuple[Algorithm, ...] = ()
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "calibration", tuple(self.calibration))
+        object.__setattr__(self, "calibration", algorithms(self.calibration))
         for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES),
                                   ("edges", self.edges, EDGES)):
             if value not in known:
                 raise RecipeError(f"{key}: {value!r} is unknown{nearest(str(value), known)}; "
                                   f"choices are {', '.join(known)}")
-        for algorithm in self.calibration:
-            if algorithm not in CALIBRATIONS:
-                raise RecipeError(f"calibration: {algorithm!r} is unknown{nearest(str(algorithm), CALIBRATIONS)}; "
-                                  f"known are {', '.join(CALIBRATIONS) or 'none'}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict; ``from_dict`` inverts it."""
@@ -148,7 +194,7 @@ class Recipe:
             result = {"name": self.name, **result}
         result["rules"] = [rule.to_dict() for rule in self.rules]
         if self.calibration:
-            result["calibration"] = list(self.calibration)
+            result["calibration"] = [a.to_dict() for a in self.calibration]
         return result
 
     @classmethod
@@ -167,11 +213,9 @@ class Recipe:
         rules = data.get("rules") or ()
         if not isinstance(rules, list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
-        if not isinstance(data.get("calibration") or (), list | tuple):
-            raise RecipeError(f"calibration: is a list of algorithms, not {data['calibration']!r}")
         values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges") if data.get(k) is not None}
         return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
-                   calibration=tuple(data.get("calibration") or ()), **values)
+                   calibration=algorithms(data.get("calibration") or ()), **values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -225,7 +269,7 @@ class Recipe:
 
 def _check_keys(where: str, data: Any, known: tuple[str, ...]) -> None:
     if not isinstance(data, Mapping):
-        raise RecipeError(f"{where} is a mapping with keys {', '.join(known)}, not {data!r}")
+        raise RecipeError(f"{where} is a mapping with keys {', '.join(known) or 'none'}, not {data!r}")
     for key in data:
         if key not in known:
             raise RecipeError(f"unknown key {key!r} in {where}{nearest(str(key), known)}; keys are {', '.join(known)}")

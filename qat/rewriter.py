@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,19 @@ from qat.tracing import Call, evaluating, leaves, run, trace_by_running, trace_s
 
 @dataclass
 class Prepared:
-    """What a prepared model remembers about its making (kept on the root module, not in its state dict)."""
+    """What a prepared model remembers about its making (kept on the root module, not in its state dict).
+
+    Attributes:
+        functions: the products it was seen to make with functions; None: not seen yet.
+        macs: module name -> multiply-accumulates.
+        notes: layer name -> what calibration algorithms did to it, or why they did not; for coverage.
+    """
 
     recipe: Recipe
     plan: Plan
     functions: list[Call] | None
     macs: dict[str, int]
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -117,7 +124,7 @@ def decisions(model: nn.Module) -> dict[str, Any]:
     functions = None if state.functions is None else [[c.owner, c.function, c.macs, list(c.parameters)]
                                                       for c in state.functions]
     return {"recipe": state.recipe.to_dict(), "plan": state.plan.to_dict(), "functions": functions,
-            "macs": dict(state.macs)}
+            "macs": dict(state.macs), "notes": dict(state.notes)}
 
 
 def prepare_as(model: nn.Module, decided: Mapping[str, Any]) -> nn.Module:
@@ -134,17 +141,17 @@ def prepare_as(model: nn.Module, decided: Mapping[str, Any]) -> nn.Module:
         functions = None if decided["functions"] is None else [
             Call(None, function, owner, [], [], 0, macs, parameters)
             for owner, function, macs, parameters in decided["functions"]]
-        macs = dict(decided["macs"])
+        macs, notes = dict(decided["macs"]), dict(decided["notes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecipeError(f"these are not the decisions of this version of prepare: {error}") from None
     if is_prepared(model):
         state = prepared_state(model)
         if state.plan.to_dict() != plan.to_dict():
             raise PrepareError("this model is prepared already, in another way")
-        state.functions, state.macs = functions, macs
+        state.functions, state.macs, state.notes = functions, macs, notes
         return model
     model = carry_out(model, plan)
-    model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
+    model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs, notes)
     _check_active(model)
     return model
 
@@ -391,7 +398,8 @@ def coverage(model: nn.Module) -> Coverage:
     if state.functions is None:
         rows.append(Row("(function calls)", "function", "unobserved", "", "", 0, 0,
                         "seen when the model runs: give prepare example_inputs, or calibrate"))
-    return Coverage(tuple(rows))
+    return Coverage(tuple(replace(r, reason="; ".join(t for t in (r.reason, state.notes.get(r.name)) if t))
+                          for r in rows))
 
 
 def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: set[Any]) -> list[Row]:

@@ -208,11 +208,16 @@ def uncompiled() -> AbstractContextManager[None]:
 def run(model: nn.Module, inputs: Any) -> Any:
     """Call ``model``, uncompiled, on one batch: a tensor, a tuple or list of arguments, or a dict of keywords."""
     with uncompiled():
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        if isinstance(inputs, tuple | list):
-            return model(*inputs)
-        return model(inputs)
+        return call(model, inputs)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` on one batch, as :func:`run`."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"rules": [{"weight": 5}]}, "mapping"), ({"rules": [{"weight": {"format": ["int8"]}}]}, "format"),
     ({"rules": [{"keep": ["float32"]}]}, "keep"), ({"preset": "w8a8", "weight": 5}, "weight"),
     ({"preset": "w8a8", "rules": 5}, "rules"), ({"rules": [], "calibration": 5}, "calibration"),
-    ({"rules": [], "calibration": "gptq"}, "calibration"), ({"preset": ["w8a8"]}, "preset"),
+    ({"rules": [], "calibration": {"gptq": {"dump": 1}}}, "'damp'"),
+    ({"rules": [], "calibration": ["gptq", "adaround"]}, "adaround"), ({"preset": ["w8a8"]}, "preset"),
 ]
 
 

@@ -1,7 +1,7 @@
 """What is set from data without training."""
 
+from qat.calibration.algorithms import calibrate
 from qat.calibration.ranges import (
-    calibrate,
     freeze_batch_norm,
     freeze_ranges,
     merge_batch_norm,

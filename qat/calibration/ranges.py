@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from qat.calibration import processes
-from qat.errors import CalibrationError, ConvertError, NotCalibratedError
-from qat.modules.base import QuantizedModule
+from qat.errors import CalibrationError, NotCalibratedError
 from qat.modules.normalization import QuantizedBatchNorm
 from qat.quantizers.quantizer import LearnedQuantizer, Quantizer, StaticQuantizer
 from qat.rewriter import Prepared, prepared_state, quantized_modules
@@ -24,39 +23,18 @@ def activation_quantizers(model: nn.Module) -> list[Quantizer]:
     return [q for m in quantized_modules(model).values() for q in m.activation_quantizers().values()]
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
-              merge: Literal["batches", "parts"] | None = "batches",
-              only: Collection[Quantizer] | None = None) -> nn.Module:
-    """Set every static range from data; learned scales get their start from it.
-
-    The model runs in floating point, in eval, without gradients; its own mode comes back afterwards. Ranges start
-    anew: what was observed before is forgotten. The first run also shows which matrix products the model calls as
-    functions (see :func:`qat.coverage`). If it fails, the quantizers are as they were.
-
-    In a run of several processes (an initialized ``torch.distributed`` group) each calibrates with batches of its own,
-    as many as it has, and their ranges are merged: all processes get those that one would get from all batches.
+def find_ranges(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
+                merge: Literal["batches", "parts"] | None = "batches",
+                only: Collection[Quantizer] | None = None) -> None:
+    """The ranges of :func:`qat.calibrate`: every static one from data; learned scales get their start from it.
 
     Args:
-        model: a prepared model; changed in place, and returned.
-        batches: any iterable of inputs (a tensor, a tuple of arguments, or a dict of keyword arguments each).
-        ignore_nonfinite: leave batches out that make NaN or infinity, with a warning, instead of raising.
-        merge: how ranges are merged with those of the other processes, if there are any; all of them must call
-            ``calibrate`` then. "batches": as one process would see the batches in the order rank 0's first, rank 1's
-            first, ..., rank 0's second. "parts": the first ones of all are parts of one batch, and so on. (Only moving
-            averages see a difference.) None: this process calibrates alone.
-        only: the quantizers whose ranges are set; the others stay as they are. None: all.
-
-    Raises:
-        CalibrationError: no batch at all; NaN or infinity (the message names layer and batch). Where ranges are merged,
-            an error in one process is raised in all of them.
+        only: the quantizers whose ranges are set; the others stay as they are. None: all, but weights whose range
+            somebody has placed.
     """
-    if merge not in ("batches", "parts", None):
-        raise CalibrationError(f"merge must be 'batches', 'parts' or None, not {merge!r}")
     together = merge is not None and processes.several_processes()
     state = prepared_state(model)
     modules = quantized_modules(model)
-    if any(m.frozen for m in modules.values()):
-        raise ConvertError("this model is deployed: its ranges are frozen; calibrate the prepared model")
     chosen = None if only is None else {id(q) for q in only}
     quantizers = [q for q in activation_quantizers(model)
                   if isinstance(q, StaticQuantizer) and (chosen is None or id(q) in chosen)]
@@ -70,7 +48,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     count, failure = 0, None
     try:
         try:
-            with _calibrating(modules.values()), evaluating(model), torch.no_grad():
+            with calibrating(model), evaluating(model), torch.no_grad():
                 for index, batch in enumerate(batches):
                     with _seeing_functions(model, state):
                         count += _observe(model, batch, index, ignore_nonfinite, quantizers)
@@ -97,12 +75,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     with processes.whole(model), torch.no_grad():
         for module in modules.values():
             weights = module.weight_quantizer
-            if (isinstance(weights, StaticQuantizer) and module.plan.tied_to is None
+            if (isinstance(weights, StaticQuantizer) and module.plan.tied_to is None and not weights.frozen
                     and (chosen is None or id(weights) in chosen)):
                 weights.restart()
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
-    return model
 
 
 @contextmanager
@@ -120,18 +97,16 @@ def _seeing_functions(model: nn.Module, state: Prepared) -> Iterator[None]:
             state.macs[call.module] = call.macs
 
 
-class _calibrating:
-    """Quantized modules compute in floating point and observe, inside the block."""
-
-    def __init__(self, modules: Iterable[QuantizedModule]) -> None:
-        self.modules = list(modules)
-
-    def __enter__(self) -> None:
-        for module in self.modules:
-            module.calibrating = True
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.modules:
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Quantized modules compute in floating point, and observe what is observing, inside the block."""
+    modules = [m for m in quantized_modules(model).values() if not m.calibrating]
+    for module in modules:
+        module.calibrating = True
+    try:
+        yield
+    finally:
+        for module in modules:
             module.calibrating = False
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.calibration.ranges import activation_quantizers, calibrate
+from qat.calibration.ranges import activation_quantizers, find_ranges
 from qat.errors import ConvertError
 from qat.quantizers.quantizer import Quantizer, StaticQuantizer
 from qat.rewriter import prepared_state, quantized_modules
@@ -60,7 +60,7 @@ def _find_ranges(model: nn.Module, batches: Iterable[Any], changed: list[Quantiz
     """Ranges of activations from data; those of weights from the weights, which need none."""
     static = {id(q): q for q in changed if isinstance(q, StaticQuantizer)}
     if any(not q.is_weight for q in static.values()):
-        calibrate(model, batches, only=changed)
+        find_ranges(model, batches, only=changed)
         return
     for module in quantized_modules(model).values():
         weights = module.weight_quantizer

@@ -84,7 +84,7 @@ def _manifest(deployed: nn.Module, tensors: dict[str, Tensor], aliases: dict[str
     return {
         "format": "qat", "version": VERSION, "torch": torch.__version__.split("+")[0],
         "recipe": state.recipe.to_dict(), "plan": state.plan.to_dict(), "coverage": coverage(deployed).to_dict(),
-        "certificate": proof, "macs": state.macs,
+        "certificate": proof, "macs": state.macs, "notes": state.notes,
         "functions": [[c.owner, c.function, c.macs, c.parameters] for c in state.functions or ()],
         "tensors": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
                     for n, t in tensors.items()},
@@ -150,7 +150,7 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
     for name, module in modules.items():
         _check_codes(name, module)
     functions = [_function(*entry) for entry in manifest["functions"]]
-    model.__dict__["_qat"] = Prepared(recipe, plan, functions, dict(manifest["macs"]))
+    model.__dict__["_qat"] = Prepared(recipe, plan, functions, dict(manifest["macs"]), dict(manifest["notes"]))
     model.__dict__["_qat_certificate"] = manifest["certificate"]
     return model.requires_grad_(False)
 
@@ -180,7 +180,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {manifest.get('version')!r}; this package reads version {VERSION}")
     needed = {"recipe": dict, "plan": dict, "certificate": dict, "coverage": dict, "tensors": dict, "aliases": dict,
-              "functions": list, "macs": dict, "sha256": str, "bytes": int}
+              "functions": list, "macs": dict, "notes": dict, "sha256": str, "bytes": int}
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qat.errors import ConvertError, UnsupportedError
+from qat.errors import CalibrationError, ConvertError, UnsupportedError
 from qat.kernels import ste
 from qat.kernels.contract import Weight
 from qat.numerics import affine, packing
@@ -256,6 +256,34 @@ class QuantizedModule(nn.Module):
     def weight_from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`weight_matrix`."""
         return matrix
+
+    @torch.no_grad()
+    def write_weight(self, matrix: Tensor) -> None:
+        """Overwrite the float weight; ``matrix`` has output channels first, as :meth:`weight_matrix`.
+
+        Raises:
+            CalibrationError: the weight is computed from others, by something that cannot take a value for it.
+        """
+        value = self.weight_from_matrix(matrix)
+        weight = self.weight
+        if not nn.utils.parametrize.is_parametrized(self, "weight"):
+            weight.copy_(value)
+            return
+        try:
+            self.weight = value.to(weight.dtype)
+        except (NotImplementedError, RuntimeError) as error:
+            raise CalibrationError(f"{self.name}: its weight is computed by a parametrization that cannot be given a "
+                                   f"value ({error}); remove the parametrization first") from None
+
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        """An input as the product sees it: (groups, rows, inputs), a row for each product with the weight matrix.
+
+        The weight matrix is (groups * outputs, inputs) then, all its dimensions but the first flattened.
+
+        Raises:
+            UnsupportedError: this kind of layer cannot say.
+        """
+        raise UnsupportedError(f"{self.name}: a {self.plan.kind} does not show its inputs as rows of a matrix")
 
     def float_weight(self) -> Tensor:
         """The float weight as the float module would use it, with pruned values at zero."""

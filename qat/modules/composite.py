@@ -119,6 +119,9 @@ class Part(QuantizedModule):
     def initial_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        return self.float_input(x).reshape(1, -1, self.weight.shape[1])
+
     def drop_float_weight(self) -> None:
         """Let the composite forget the parameter, once no part needs it any more."""
         readers = [p for p in self.owner.children() if isinstance(p, Part) and p.source.weight == self.source.weight]

@@ -33,6 +33,22 @@ class QuantizedConvolution(QuantizedModule):
     def channels(self, role: str) -> tuple[int, ...]:
         return (self.in_channels if role == "input" else self.out_channels, *[1] * len(self.kernel_size))
 
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        dims = len(self.kernel_size)
+        values = self.float_input(x)
+        values = values if values.dim() == dims + 2 else values.unsqueeze(0)
+        if self.padding_mode == "zeros":
+            before, after = self._paddings()
+            values = F.pad(values, [n for pair in zip(reversed(before), reversed(after)) for n in pair])
+        else:
+            values = self._pad(values)
+        for dim, (size, stride, dilation) in enumerate(zip(self.kernel_size, self.stride, self.dilation)):
+            values = values.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        batch, channels, *rest = values.shape
+        grouped = values.reshape(batch, self.groups, channels // self.groups, *rest)
+        places, taps = list(range(3, 3 + dims)), list(range(3 + dims, 3 + 2 * dims))
+        return grouped.permute(1, 0, *places, 2, *taps).reshape(self.groups, -1, self.weight[0].numel())
+
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
         if self.calibrating or self.plan.weight is None:

@@ -28,6 +28,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def channels(self, role: str) -> tuple[int, ...]:
         return (self.in_features if role == "input" else self.out_features,)
 
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        return self.float_input(x).reshape(1, -1, self.in_features)
+
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
         if self.frozen and self._one_row is None and not self.calibrating:

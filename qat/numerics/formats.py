@@ -170,6 +170,8 @@ class TensorSpec:
             threshold for each channel; binary activations) are trained by gradient.
         scale_dtype: the type a file format stores scales in; they are rounded to it *before* training.
         power_of_two: scales are rounded up to powers of two, so that requantization never rounds twice.
+        fixed: of a weight: once found, the range stands still instead of following the weight. Algorithms that choose
+            codes (GPTQ, say) need it, and ``prepare`` sets it for them.
 
     Raises:
         SpecError: for a combination that means nothing.
@@ -186,6 +188,7 @@ class TensorSpec:
     learned: str | None = None
     scale_dtype: str = "float32"
     power_of_two: bool = False
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
@@ -263,6 +266,8 @@ class TensorSpec:
         else:
             by_nature = not self.fmt.has_zero or self.format == "ternary"
             symmetric = by_nature or self.dynamic or self.learned == "lsq" or self.observer == "mean"
+        if self.fixed:
+            raise SpecError("fixed: is for weights; ranges of activations stand still unless they observe")
         if self.learned == "pact" and self.fmt.signed:
             raise SpecError(f"pact is for values that are never negative: use u{self.format}")
         return self.replace(granularity=granularity, symmetric=symmetric)
@@ -291,7 +296,7 @@ class TensorSpec:
         if "format" not in data:
             raise SpecError(f"a tensor spec needs a format: {dict(data)!r}")
         values = dict(data)
-        for key in ("dynamic", "power_of_two"):
+        for key in ("dynamic", "power_of_two", "fixed"):
             if key in values and not isinstance(values[key], bool):
                 raise SpecError(f"{key} must be true or false, not {values[key]!r}")
         if not isinstance(values.get("symmetric"), bool | None):

@@ -275,8 +275,23 @@ class StaticQuantizer(Quantizer):
             self.zero_point.copy_(zero_point)
         self.loaded()
 
+    def place(self, scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor | int | None]:
+        """Quantize with this scale and zero point, which somebody else has chosen; the range is frozen with them.
+
+        Returns:
+            Both as they are at work: a learned scale is its logarithm's exponential.
+        """
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            if self.zero_point is not None and zero_point is not None:
+                self.zero_point.copy_(zero_point)
+            self.loaded()
+            self.freeze_range()
+            scale, placed = self.present()
+            return scale.detach(), placed
+
     def freeze_range(self) -> None:
-        """Freeze the observer together with its scale, for good."""
+        """Freeze the observer together with its scale, until :meth:`forget`."""
         if not self._calibrated:
             self.settle()
         self.observing, self.frozen = False, True
@@ -296,7 +311,8 @@ class StaticQuantizer(Quantizer):
         """Be as before any range was known."""
         self.observer.reset()
         self.scale.fill_(torch.nan)
-        self._calibrated = False
+        self._calibrated = self.frozen = False
+        self.range_frozen.fill_(False)
 
     def work_at(self, bits: int | None, afresh: bool = True) -> bool:
         """As for every quantizer.
@@ -447,6 +463,11 @@ class LearnedQuantizer(StaticQuantizer):
         super().loaded()
         self._fixed_zero_point = None
 
+    def place(self, scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor | int | None]:
+        with torch.no_grad():
+            self.log_scale.copy_(scale.log())
+        return super().place(scale, zero_point)
+
     def forget(self) -> None:
         super().forget()
         with torch.no_grad():
@@ -583,7 +604,8 @@ def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None, channels: 
         channels: of an activation: the shape in which one number for each channel broadcasts against it, such as
             (in, 1, 1) for the input of a two-dimensional convolution; () where its channels are not known.
 
-    Weights with ``observer: minmax`` follow their weight at every step; other observers are searched when observing.
+    Weights with ``observer: minmax`` follow their weight at every step, unless their range is ``fixed``; other
+    observers are searched when observing.
     """
     columns = spec.granularity == "per_column"
     if not columns:
@@ -592,7 +614,8 @@ def make_quantizer(spec: TensorSpec, shape: torch.Size | None = None, channels: 
         return ThresholdQuantizer(spec, None, channels)
     if spec.learned:
         return LearnedQuantizer(spec, shape)
-    if spec.dynamic or (shape is not None and not columns and spec.observer in ("minmax", "moving_average")):
+    follows = shape is not None and not columns and spec.observer in ("minmax", "moving_average") and not spec.fixed
+    if spec.dynamic or follows:
         return DynamicQuantizer(spec, shape)
     return StaticQuantizer(spec, shape)
 
