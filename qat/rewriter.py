@@ -201,7 +201,8 @@ def _same_function(model: nn.Module, plan: Plan, inputs: Any) -> bool:
     for training in (False, True):
         results = []
         for candidate in (model, trial):
-            saved = {k: v.clone() for k, v in candidate.state_dict().items() if isinstance(v, torch.Tensor)}
+            saved = [(t, t.clone()) for t in candidate.state_dict(keep_vars=True).values()
+                     if isinstance(t, torch.Tensor) and not t.is_meta]
             modes = {m: m.training for m in candidate.modules()}
             candidate.train(training)
             try:
@@ -213,7 +214,9 @@ def _same_function(model: nn.Module, plan: Plan, inputs: Any) -> bool:
                     return False
                 break  # the float model itself cannot run on these inputs in this mode: nothing to compare
             finally:
-                candidate.load_state_dict(saved, strict=False)
+                with torch.no_grad():
+                    for tensor, value in saved:
+                        tensor.copy_(value)
                 for part, mode in modes.items():
                     part.training = mode
         if len(results) == 2 and not (len(results[0]) == len(results[1])
@@ -279,7 +282,7 @@ def _check_active(model: nn.Module) -> None:
                 raise PrepareError(f"{name}: an attribute of {type(module).__name__} called {role} hides its "
                                    "quantizer; rename it")
         quantizer = module.weight_quantizer
-        if quantizer is not None and module.weight.numel():
+        if quantizer is not None and module.weight.numel() and not module.weight.is_meta:
             with torch.no_grad():
                 codes = quantizer.codes(module.weight_matrix())
             quantizer.restart()  # weights may still change before the first step

@@ -211,8 +211,18 @@ def run(model: nn.Module, inputs: Any) -> Any:
         return call(model, inputs)
 
 
+@dataclass
+class Arguments:
+    """A batch with positional and keyword arguments, such as what a block inside of a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` on one batch, as :func:`run`."""
+    if isinstance(inputs, Arguments):
+        return model(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, dict):
         return model(**inputs)
     if isinstance(inputs, tuple | list):

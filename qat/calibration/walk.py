@@ -18,21 +18,18 @@ import torch
 from torch import nn
 
 from qat.errors import CalibrationError, QuantizationError
-from qat.tracing import call, evaluating, uncompiled
+from qat.tracing import Arguments, call, evaluating, uncompiled
 
 
 @dataclass
-class Arrival:
-    """One batch in front of a module: what it is called with.
+class Arrival(Arguments):
+    """One batch in front of a module, with what the module is called with.
 
     Attributes:
         batch: number of the batch.
-        args, kwargs: the arguments of the call.
     """
 
     batch: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _Abandoned(BaseException):
@@ -68,7 +65,7 @@ class _Forward:
 
     def stop(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called in the thread: wait here until :meth:`advance`."""
-        self.at, self.arrival = name, Arrival(self.number, args, kwargs)
+        self.at, self.arrival = name, Arrival(args, kwargs, self.number)
         self._back.release()
         self._go.acquire()
         self.at = self.arrival = None

@@ -1,7 +1,8 @@
 """Deployed checkpoints: a directory with ``model.safetensors`` and ``manifest.json``.
 
-The manifest holds the plan, recipe, coverage, certificate, tensor shapes and the SHA-256 of the tensors; no times and
-no paths, so saving twice gives the same bytes. Loading executes nothing from the files.
+Large models have several files of tensors, ``model-00001-of-00003.safetensors`` and so on. The manifest holds the plan,
+recipe, coverage, certificate, tensor shapes and the SHA-256 of the files; no times and no paths, so saving twice gives
+the same bytes. Loading executes nothing from the files.
 
 Saving writes a temporary directory beside the target, syncs it, and exchanges the two in one step: killed at any
 moment, either the old checkpoint is there or the new one.
@@ -13,8 +14,10 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,11 @@ from qat.recipe import Recipe
 from qat.rewriter import Prepared, carry_out, coverage, is_prepared, prepared_state, quantized_modules
 from qat.tracing import Call
 
-VERSION = 1
-TENSORS, MANIFEST = "model.safetensors", "manifest.json"
+VERSION = 2
+MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 256 * 2**20
+SHARD = 4 * 2**30
+"""Bytes of tensors after which another file is begun."""
 
 
 def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -56,21 +61,18 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
         raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
     tensors, aliases = _unique_tensors(deployed)
-    data = to_safetensors(tensors, {"format": "pt"})
-    manifest = _manifest(deployed, tensors, aliases, data)
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
+    shards = list(_shards(tensors))
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-        for name, content in ((TENSORS, data), (MANIFEST, text)):
-            with open(os.path.join(temporary, name), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        files = {name: write_tensors(Path(temporary) / name, {key: tensors[key] for key in keys})
+                 for name, keys in zip(file_names(len(shards)), shards)}
+        homes = {key: name for name, keys in zip(files, shards) for key in keys}
+        entries = {key: entry(value, homes[key]) for key, value in tensors.items()}
+        write_synced(Path(temporary) / MANIFEST, manifest_text(deployed, entries, aliases, files))
         os.chmod(temporary, 0o755)
-        _put_in_place(temporary, target)
-        _sync_directory(target.parent)
+        put_in_place(temporary, target)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from None
     finally:
@@ -78,20 +80,67 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _manifest(deployed: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], data: bytes) -> dict[str, Any]:
+def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names of the tensors of each file; at least one file, if only an empty one."""
+    shard: list[str] = []
+    size = 0
+    for name, value in tensors.items():
+        if shard and size + value.nbytes > SHARD:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += value.nbytes
+    yield shard
+
+
+def file_names(count: int) -> list[str]:
+    """The names of so many files of tensors."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def tensor_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of tensors of a deployed checkpoint, as its manifest names them."""
+    return [Path(path) / name for name in read_manifest(path)["files"]]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write and sync a file of tensors; what a manifest says of it."""
+    data = to_safetensors(dict(tensors), {"format": "pt"})
+    write_synced(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file, and have it on the disk before going on."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def entry(value: Tensor, file: str) -> dict[str, Any]:
+    """What a manifest says of a tensor."""
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "file": file}
+
+
+def manifest_text(deployed: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str],
+                  files: Mapping[str, Any]) -> bytes:
+    """The manifest of a deployed model."""
     state = prepared_state(deployed)
     proof = deployed.__dict__.get("_qat_certificate")
-    return {
+    content = {
         "format": "qat", "version": VERSION, "torch": torch.__version__.split("+")[0],
         "recipe": state.recipe.to_dict(), "plan": state.plan.to_dict(), "coverage": coverage(deployed).to_dict(),
         "certificate": proof, "macs": state.macs, "notes": state.notes,
         "functions": [[c.owner, c.function, c.macs, c.parameters] for c in state.functions or ()],
-        "tensors": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-                    for n, t in tensors.items()},
+        "tensors": tensors, "files": files,
         "weight_shapes": {n: list(m.weight_shape) for n, m in quantized_modules(deployed).items() if m.frozen},
         "pruned_shapes": pruned_shapes(deployed),
-        "aliases": aliases, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data),
+        "aliases": aliases,
     }
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,7 +173,7 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    values = _read_tensors(folder / TENSORS, manifest)
+    values = _read_tensors(folder, manifest)
     try:
         recipe, plan = Recipe.from_dict(manifest["recipe"]), Plan.from_dict(manifest["plan"])
         if is_prepared(skeleton):
@@ -172,7 +221,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; a checkpoint is a directory with {MANIFEST} and "
-                              f"{TENSORS}") from None
+                              "model.safetensors") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it is not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "qat":
@@ -180,13 +229,20 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {manifest.get('version')!r}; this package reads version {VERSION}")
     needed = {"recipe": dict, "plan": dict, "certificate": dict, "coverage": dict, "tensors": dict, "aliases": dict,
-              "functions": list, "macs": dict, "notes": dict, "sha256": str, "bytes": int}
+              "functions": list, "macs": dict, "notes": dict, "files": dict}
     for key, kind in needed.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
     pruned = manifest.get("pruned_shapes", {})
     if not isinstance(pruned, dict) or not all(isinstance(shape, list) for shape in pruned.values()):
         raise CheckpointError(f"{path} is damaged: pruned_shapes are not lists by name")
+    for name, about in manifest["files"].items():
+        if not re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) or not isinstance(about, dict) or not (
+                isinstance(about.get("bytes"), int) and isinstance(about.get("sha256"), str)):
+            raise CheckpointError(f"{path} is damaged: {name!r} is not a file of tensors with its length and checksum")
+    if not all(isinstance(said, dict) and said.get("file") in manifest["files"]
+               for said in manifest["tensors"].values()):
+        raise CheckpointError(f"{path} is damaged: not every tensor is in one of the files")
     if not all(isinstance(owner, str) for owner in manifest["aliases"].values()):
         raise CheckpointError(f"{path} is damaged: aliases are not names")
     if not all(isinstance(entry, list) and len(entry) == 4 for entry in manifest["functions"]):
@@ -194,23 +250,33 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors, after length, checksum, names, types and shapes were found to be what the manifest says."""
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of all files."""
+    values: dict[str, Tensor] = {}
+    for name, about in manifest["files"].items():
+        said = {key: value for key, value in manifest["tensors"].items() if value["file"] == name}
+        values |= read_tensors(folder / name, about, said)
+    return values
+
+
+def read_tensors(path: Path, about: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file, after length, checksum, names, types and shapes were found to be as a manifest says.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     try:
         size = path.stat().st_size
-        if size != manifest["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, the manifest says {manifest['bytes']}: it is truncated or "
+        if size != about["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, the manifest says {about['bytes']}: it is truncated or "
                                   "was changed")
-        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() != manifest["sha256"]:
-            raise CheckpointError(f"{path} does not have the checksum of the manifest: it was changed or damaged")
+            if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
+                raise CheckpointError(f"{path} does not have the checksum of the manifest: it was changed or damaged")
         with safe_open(path, framework="pt") as tensors:
             names = set(tensors.keys())
-            if names != set(manifest["tensors"]):
-                odd = sorted(names ^ set(manifest["tensors"]))
+            if names != set(said):
+                odd = sorted(names ^ set(said))
                 raise CheckpointError(f"{path} and its manifest name different tensors: {', '.join(odd[:8])}")
             values = {name: tensors.get_tensor(name) for name in sorted(names)}
     except OSError as error:
@@ -218,10 +284,9 @@ def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
     for name, value in values.items():
-        said = manifest["tensors"][name]
-        if not isinstance(said, dict) or [str(value.dtype).removeprefix("torch."), list(value.shape)] != [
-                said.get("dtype"), said.get("shape")]:
-            raise CheckpointError(f"{path}: {name} is {value.dtype} {tuple(value.shape)}, the manifest says {said}")
+        if entry(value, said[name]["file"]) != said[name]:
+            raise CheckpointError(f"{path}: {name} is {value.dtype} {tuple(value.shape)}, the manifest says "
+                                  f"{said[name]}")
     return values
 
 
@@ -275,8 +340,13 @@ def _check_codes(name: str, module: QuantizedModule) -> None:
                 raise CheckpointError(f"{name}.{role}.zero_point is outside of {fmt.lo}..{fmt.hi}")
 
 
-def _put_in_place(temporary: str, target: Path) -> None:
-    """Rename onto a free or empty target; exchange with an old checkpoint (which then is removed as the temporary)."""
+def put_in_place(temporary: str | os.PathLike[str], target: Path) -> None:
+    """Rename onto a free or empty target, or exchange with an old checkpoint, which then is what is ``temporary``."""
+    _rename_onto(os.fspath(temporary), target)
+    _sync_directory(target.parent)
+
+
+def _rename_onto(temporary: str, target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         os.rename(temporary, target)
         return

@@ -147,12 +147,12 @@ def share_codes(modules: dict[str, QuantizedModule]) -> None:
 
 
 def drop_folded(model: nn.Module) -> None:
-    """Replace folded batch norms, which do nothing any more, by identities.
+    """Replace batch norms that are folded into frozen layers, and do nothing any more, by identities.
 
     Absorbed activation functions do nothing either, but stay: they hold nothing, and say which function a quantizer
     computes in their place (distillation looks at such layers).
     """
-    folded = {m.plan.batch_norm for m in quantized_modules(model).values() if m.plan.batch_norm}
+    folded = {m.plan.batch_norm for m in quantized_modules(model).values() if m.plan.batch_norm and m.frozen}
     names = {id(m): n for n, m in model.named_modules()}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -223,7 +223,7 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
                     record, new = certificate.layers[name], ours[name]
                     record["input_codes"] = max(record.get("input_codes", 0),
                                                 *(_difference(a, b) for a, b in zip(old, new, strict=True)))
-                a, b = _tensors(expected), _tensors(actual)
+                a, b = outputs(expected), outputs(actual)
                 certificate.batches += 1
                 compared += sum(t.numel() for t in a)
                 certificate.samples += a[0].shape[0] if a and a[0].dim() else 1
@@ -269,7 +269,8 @@ def _requiring_no_gradient(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def outputs(result: Any) -> list[Tensor]:
+    """All tensors in what a model returned, codes as values."""
     found = leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
     return [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in found
             if isinstance(t, Tensor | QuantizedTensor)]

@@ -202,7 +202,7 @@ class QuantizedModule(nn.Module):
                 if not quantizer.name:
                     quantizer.name = f"{name}.{role}"
                 device = self.device()
-                if device is not None:
+                if device is not None and device.type != "meta":
                     quantizer.to(device)
 
     def initial_dtype(self) -> torch.dtype:

@@ -32,8 +32,8 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
     >>> pack(torch.tensor([1, -1, -1, 1], dtype=torch.int8), get_format("binary")).tolist()
     [9]
     """
-    flat = codes.reshape(-1).to(torch.int16)
-    fields = ((flat + 1) // 2 if fmt.grid == "sign" else flat - fmt.lo).to(torch.uint8)
+    flat = codes.reshape(-1).view(torch.uint8)      # arithmetic on bytes wraps around, which is what is wanted
+    fields = (flat + 1) >> 1 if fmt.grid == "sign" else flat - (fmt.lo & 255)
     if fmt.bits == 8:
         return fields
     if 8 % fmt.bits == 0:
@@ -71,8 +71,7 @@ def unpack(packed: Tensor, fmt: Format, shape: torch.Size | tuple[int, ...]) -> 
         weights = 1 << torch.arange(fmt.bits, dtype=torch.uint8, device=packed.device)
         fields = (stream * weights).sum(-1, dtype=torch.uint8)
     fields = fields[:count]
-    sign = fmt.grid == "sign"
-    codes = fields.to(torch.int8) * 2 - 1 if sign else (fields.to(torch.int16) + fmt.lo).to(fmt.dtype)
+    codes = (fields * 2 - 1 if fmt.grid == "sign" else fields + (fmt.lo & 255)).view(fmt.dtype)
     if fmt.values < 1 << fmt.bits and count and int(codes.max()) > fmt.hi:
         raise CheckpointError(f"a packed code is outside of {fmt}: {fmt.lo}..{fmt.hi}")
     return codes.reshape(shape)
