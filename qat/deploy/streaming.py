@@ -128,6 +128,109 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
 
 
+class Floats:
+    """The float weights of a model, in a folder of tensors by the names of its state dict.
+
+    Args:
+        model: any model; which of its parameters are tied is taken from it now.
+    """
+
+    def __init__(self, model: nn.Module, source: TensorFolder) -> None:
+        self.source = source
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.names: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            self.names.setdefault(id(parameter), []).append(name)
+
+    def first(self, name: str) -> str:
+        """The first name of the parameter called ``name``: its own, or that of the one it is tied to."""
+        return self.names[id(self.parameters[name])][0]
+
+    def stored(self, name: str) -> str:
+        """The name under which the folder holds a parameter.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        ties = self.names[id(self.parameters[name])] if name in self.parameters else []
+        for candidate in (name, *ties):
+            if candidate in self.source:
+                return candidate
+        raise CheckpointError(f"{self.source.path} holds no tensor {name}, which this architecture needs")
+
+    def fill(self, name: str, module: nn.Module) -> None:
+        """Give the module called ``name`` the tensors of its own.
+
+        Raises:
+            CheckpointError: one is missing, or has another shape.
+        """
+        wanted = {key: self.stored(_joined(name, key)) for key, p in module._parameters.items() if p is not None}
+        wanted |= {key: _joined(name, key) for key, b in module._buffers.items()
+                   if b is not None and key not in module._non_persistent_buffers_set
+                   and _joined(name, key) in self.source}
+        values = self.source.read(set(wanted.values()))
+        for key, full in wanted.items():
+            own, value = getattr(module, key), values[full]
+            if own.shape != value.shape:
+                raise CheckpointError(f"{self.source.path}: {full} has shape {tuple(value.shape)}, this architecture "
+                                      f"needs {tuple(own.shape)}")
+            value = value.to(own.dtype)
+            if key in module._buffers:
+                module._buffers[key] = value
+            else:
+                module._parameters[key] = nn.Parameter(value, requires_grad=own.requires_grad)
+
+
+def read_weights(model: nn.Module, source: str | os.PathLike[str]) -> nn.Module:
+    """Give ``model`` the weights in a folder of safetensors files, in place; ties stay.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape; a file is damaged.
+    """
+    floats = Floats(model, TensorFolder(source))
+    shared = {names[0]: names[1:] for names in floats.names.values() if len(names) > 1}
+    for name, module in model.named_modules():
+        floats.fill(name, module)
+    for first, others in shared.items():
+        for name in others:
+            module, _, key = name.rpartition(".")
+            model.get_submodule(module)._parameters[key] = model.get_parameter(first)
+    return model
+
+
+@contextmanager
+def visiting(model: nn.Module, source: str | os.PathLike[str]) -> Iterator[nn.Module]:
+    """Let a float model whose parameters have no storage run, inside the block: each unit is read when it is called.
+
+    Raises:
+        CheckpointError: as for :func:`read_weights`.
+    """
+    floats, units = Floats(model, TensorFolder(source)), units_of(model)
+    inside = {_joined(n, k) for n, m in units.items() for k, _ in m.named_modules()}
+    for name, module in model.named_modules():
+        if name not in inside:
+            floats.fill(name, module)
+
+    def read(unit: str) -> Callable[..., None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            for key, part in module.named_modules():
+                floats.fill(_joined(unit, key), part)
+        return enter
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        _empty(module)
+        _give_back()
+
+    hooks = [m.register_forward_pre_hook(read(n)) for n, m in units.items()]
+    hooks += [m.register_forward_hook(leave) for m in units.values()]
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def units_of(model: nn.Module) -> dict[str, nn.Module]:
     """The units of a model, in the order of its modules: members of its outermost lists of like modules, and the
     largest modules without such a list beside them."""
@@ -198,8 +301,7 @@ class _Stream:
         if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
             raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
         self.partial = target.with_name(f".{target.name}.partial")
-        self.floats = dict(model.named_parameters(remove_duplicate=False))
-        self.first = {id(p): n for n, p in reversed(self.floats.items())}
+        self.floats = Floats(model, source)
         self.units = units_of(model)
         for name, module in self.units.items():
             module.__dict__[UNIT] = name        # copies that prepare makes have it too
@@ -366,44 +468,13 @@ class _Stream:
 
     def _read_floats(self, unit: str) -> None:
         for key, module in self.units[unit].named_modules():
-            self._fill_floats(_joined(unit, key), module)
-
-    def _fill_floats(self, name: str, module: nn.Module) -> None:
-        """The float tensors of a module's own, from the source."""
-        wanted: dict[str, str] = {}
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                wanted[key] = self._stored(_joined(name, key), parameter)
-        for key, buffer in module._buffers.items():
-            full = _joined(name, key)
-            if buffer is not None and key not in module._non_persistent_buffers_set and full in self.source:
-                wanted[key] = full
-        values = self.source.read(set(wanted.values()))
-        for key, full in wanted.items():
-            own, value = getattr(module, key), values[full]
-            if own.shape != value.shape:
-                raise CheckpointError(f"{self.source.path}: {full} has shape {tuple(value.shape)}, this architecture "
-                                      f"needs {tuple(own.shape)}")
-            value = value.to(own.dtype)
-            if key in module._buffers:
-                module._buffers[key] = value
-            else:
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
-
-    def _stored(self, name: str, parameter: Tensor) -> str:
-        """The name under which the source holds a parameter: its own, or that of one it is tied to."""
-        original = self.floats.get(name)
-        ties = [name, *(n for n, p in self.floats.items() if original is not None and p is original)]
-        for candidate in ties:
-            if candidate in self.source:
-                return candidate
-        raise CheckpointError(f"{self.source.path} holds no tensor {name}, which this architecture needs")
+            self.floats.fill(_joined(unit, key), module)
 
     def _load_rest(self) -> None:
         """What is outside of all units stays in memory."""
         for name, module in self.model.named_modules():
             if name not in self.inside and not _is_quantizer(module):
-                self._fill_floats(name, module)
+                self.floats.fill(name, module)
 
     def _tensors(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint holds of a frozen unit: everything but what is tied to others, which hold it."""
@@ -412,7 +483,7 @@ class _Stream:
             if quantized.plan.tied_to is not None:
                 for buffer in ("weight_codes", "weight_scale", "weight_zero_point"):
                     state.pop(_joined(prefix, key, buffer), None)
-        return {n: t for n, t in state.items() if not (n in self.floats and self.first[id(self.floats[n])] != n)}
+        return {n: t for n, t in state.items() if n not in self.floats.parameters or self.floats.first(n) == n}
 
     def _write(self, unit: str) -> None:
         tensors = {n: t.detach().contiguous() for n, t in self._tensors(unit, self.units[unit]).items()}
@@ -451,7 +522,7 @@ class _Stream:
                 module._buffers[buffer] = values.get(f"{module.plan.tied_to}.{buffer}")
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.device == META:
-                value = self.source.read([self._stored(_joined(name, key), parameter)])
+                value = self.source.read([self.floats.stored(_joined(name, key))])
                 module._parameters[key] = nn.Parameter(next(iter(value.values())), requires_grad=False)
 
     # ------------------------------------------------------------------ the journal
@@ -546,8 +617,8 @@ class _Stream:
 
     def _owner(self, key: str) -> str:
         """The tensor that another name stands for."""
-        if key in self.floats:
-            return self.first[id(self.floats[key])]
+        if key in self.floats.parameters:
+            return self.floats.first(key)
         module, _, buffer = key.rpartition(".")
         return f"{self.state.plan.layers[module].tied_to}.{buffer}"
 

@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 import qat
 from qat.errors import ConfigError, QuantizationError, nearest
-from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.config import FOLDED, OF_THE_CALL, STORED, check_keys, run_config, stored_config
 from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim, write_text
@@ -94,7 +94,7 @@ def train(config: DictConfig, console: Console) -> None:
     """The task of train.py: make or continue the run of the output folder."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        check_keys(config, STORED + OF_THE_CALL, "")
+        check_keys(config, STORED + FOLDED + OF_THE_CALL, "")
         if config.resume is None:
             values = run_config(config)
         else:
@@ -118,7 +118,7 @@ def train(config: DictConfig, console: Console) -> None:
 
 def evaluate(config: DictConfig, console: Console) -> None:
     """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table."""
-    check_keys(config, STORED + OF_THE_CALL, "")
+    check_keys(config, STORED + FOLDED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
     if sum(value is not None for value in (config.run, config.deployed, config.sweep)) != 1:
         raise ConfigError(
@@ -136,7 +136,7 @@ def evaluate(config: DictConfig, console: Console) -> None:
     else:
         values = stored_config(folder) if (folder / "config.yaml").exists() else run_config(config)
         deployed = qat.load(folder, build(values["model"], "model")).eval()
-        results = Run(values, folder, console).measure({"deployed": (deployed, folder / "model.safetensors")})
+        results = Run(values, folder, console).measure({"deployed": (deployed, folder)})
         table = folder.resolve().parent / "results.csv"
     console.print(results.render())
     if not table.exists():

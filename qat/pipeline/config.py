@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from qat.training.oscillation import Oscillations
 
 # What describes the run, and is stored with it ...
 STORED = (
-    "seed", "fold", "model", "data", "recipe", "schedule", "prune", "distill", "loss", "metrics", "optimizer",
-    "scheduler", "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
+    "mode", "seed", "fold", "model", "pretrained", "data", "recipe", "schedule", "prune", "distill", "loss", "metrics",
+    "optimizer", "scheduler", "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
 )  # fmt: skip
+# ... what becomes part of the recipe ...
+FOLDED = ("calibration",)
 # ... and what describes one call of the command.
 OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep")
+MODES = ("qat", "ptq")
 OF_THE_TEACHER = ("teacher", "teacher_model", "cache")
 """Keys of ``distill`` that say who teaches; the others are those of `qat.Distillation`."""
 OWN = "float"
@@ -48,7 +52,15 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: a recipe that cannot be read.
     """
     values = plain(config)
-    check_keys(values, STORED + OF_THE_CALL, "")
+    check_keys(values, STORED + FOLDED + OF_THE_CALL, "")
+    if values["mode"] not in MODES:
+        raise ConfigError(f"mode: {values['mode']!r} is unknown{nearest(str(values['mode']), MODES) or '.'} "
+                          f"Choices: {', '.join(MODES)}.")
+    pretrained = values["pretrained"]
+    if pretrained is not None:
+        if not isinstance(pretrained, str) or not Path(pretrained).is_dir():
+            raise ConfigError(f"pretrained: there is no folder {pretrained!r}.")
+        values["pretrained"] = str(Path(pretrained).resolve())
     check_keys(
         values["schedule"],
         ("epochs", "learning_rate", "weight_decay", "scale_learning_rate", "calibration_batches", "phases", "ladder",
@@ -57,6 +69,12 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
     pruning = qat.Pruning.from_dict(values["prune"])
+    if values["mode"] == "ptq" and (pruning.masks or (values["distill"] or {}).get("teacher") is not None):
+        raise ConfigError("mode=ptq trains nothing after quantizing, which distill= and prune= need (all but "
+                          "prune=channels): leave them out, or take mode=qat.")
+    if values["mode"] == "ptq" and pretrained is not None and pruning.method == "channels":
+        raise ConfigError("prune=channels looks at a whole model, and mode=ptq with pretrained= never has it: leave it "
+                          "out.")
     if pruning.masks and values["checkpoint"]["monitor"]:
         raise ConfigError("checkpoint.monitor keeps the best weights, which may be from before the pruning was done: "
                           "with prune= leave it out.")
@@ -93,14 +111,23 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     for name, metric in values["metrics"].items():
         check(metric, f"metrics.{name}")
     written_out = {
-        "recipe": read_recipe(values["recipe"]).to_dict(), "prune": pruning.to_dict(),
+        "recipe": read_recipe(values["recipe"], values.get("calibration")).to_dict(), "prune": pruning.to_dict(),
         "distill": distill_config(values["distill"]),
     }  # fmt: skip
     return {key: values[key] for key in STORED} | written_out
 
 
-def read_recipe(section: Mapping[str, Any] | None) -> qat.Recipe:
-    """The recipe that the ``recipe`` section names: a file (``path``), a preset with overrides, or a whole recipe."""
+def read_recipe(section: Mapping[str, Any] | None, calibration: Any = None) -> qat.Recipe:
+    """The recipe that the ``recipe`` section names: a file (``path``), a preset with overrides, or a whole recipe.
+
+    Args:
+        calibration: algorithms in the place of those of the recipe; None: those of the recipe.
+    """
+    recipe = _named_recipe(section)
+    return recipe if calibration is None else dataclasses.replace(recipe, calibration=calibration)
+
+
+def _named_recipe(section: Mapping[str, Any] | None) -> qat.Recipe:
     options = {key: value for key, value in (section or {}).items() if value is not None}
     if path := options.pop("path", None):
         if not Path(path).is_file():
@@ -186,4 +213,4 @@ def teacher_place(folder: Path, architecture: Mapping[str, Any] | None) -> tuple
     loaded = OmegaConf.load(home / "config.yaml")
     if not isinstance(loaded, DictConfig) or not {"model", "recipe"} <= loaded.keys():
         raise ConfigError(f"{where}: {home / 'config.yaml'} does not describe a run.")
-    return root, model, {key: plain(loaded[key], key) for key in ("model", "recipe")}
+    return root, model, {key: plain(loaded[key], key) for key in ("model", "recipe", "pretrained") if key in loaded}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,18 +18,30 @@ from torchmetrics import MeanMetric, Metric
 
 import qat
 from qat.compression.channels import take_shapes
+from qat.deploy.streaming import read_weights, without_weights
 from qat.errors import CheckpointError
 from qat.pipeline.storage import load_weights
 from qat.reporting import Results, Row
 from qat.training.build import build
 from qat.training.module import call_network
+from qat.training.pretrained import decoding
 
 MODELS = ("float", "control", "ptq", "qat", "deployed")
 
 
 def weights_file(folder: Path, model: str) -> Path:
-    """Where the run ``folder`` keeps the weights of a model of the table."""
-    return folder / "deployed" / "model.safetensors" if model == "deployed" else folder / model / "weights.safetensors"
+    """Where the run ``folder`` keeps the weights of a model of the table: a file, or the folder of a deployed one."""
+    return folder / "deployed" if model == "deployed" else folder / model / "weights.safetensors"
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes of a file of weights, or of all those in a folder."""
+    return sum(p.stat().st_size for p in (path.glob("*.safetensors") if path.is_dir() else [path]))
+
+
+def fits_in_memory(size: int) -> bool:
+    """Whether so many bytes of weights leave room enough to work with them."""
+    return size < 0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def channel_shapes(folder: Path) -> dict[str, list[int]]:
@@ -54,7 +68,11 @@ def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inpu
     Raises:
         CheckpointError: the stage that makes it has not finished, or its files are damaged.
     """
-    network: nn.Module = build(config["model"], "model")
+    if config.get("pretrained") and model == "float":
+        with without_weights():
+            network: nn.Module = build(config["model"], "model")
+        return read_weights(network, config["pretrained"]).eval()
+    network = build(config["model"], "model")
     if model == "deployed":
         return qat.load(folder / "deployed", network).eval()
     if model in ("ptq", "qat"):
@@ -72,26 +90,30 @@ def measure(
     loss: nn.Module,
     device: torch.device,
     repeats: int,
+    prepared: str = "qat",
 ) -> Results:
     """Score, agreement, parity and latency of ``models`` (by their names in the table), batch by batch, in one pass.
 
     Args:
-        models: in eval mode.
+        models: in eval mode; one whose parameters have no storage (it reads them as it goes) is not timed.
         sizes: bytes of each model's weights file.
         batches: (inputs, target).
         metrics: configs of torchmetrics by name; the first one is the score.
         loss: says where the output has its classes (see `predictions`).
         device: where to run.
         repeats: timed passes for each model over the first batch.
+        prepared: which model the deployed one was made of.
     """
     metric_name, metric_config = next(iter(metrics.items()))
     metric: Metric = build(metric_config, f"metrics.{metric_name}")
     scores: dict[str, Metric] = {name: metric.clone().to(device) for name in models}
+    divergence = {name: MeanMetric().to(device) for name in models}
     agreement = {
-        (name, other): MeanMetric().to(device) for name in models for other in ("float", "qat") if other in models
+        (name, other): MeanMetric().to(device) for name in models for other in ("float", prepared) if other in models
     }
     examples, first, bit_equal, difference = 0, None, True, 0.0
-    for model in models.values():
+    there = {name: model for name, model in models.items() if not any(p.is_meta for p in model.parameters())}
+    for model in there.values():
         model.to(device)
     with torch.no_grad():
         for batch in batches:
@@ -105,16 +127,22 @@ def measure(
                 one, two = predicted[name], predicted[other]
                 if one is not None and two is not None:
                     mean.update((one == two).float())
-            if "deployed" in models and "qat" in models:
-                deployed, prepared = outputs["deployed"], outputs["qat"]
-                bit_equal &= torch.equal(deployed, prepared)
-                difference = max(difference, (deployed.double() - prepared.double()).abs().max().item())
+            if "float" in models and getattr(loss, "class_dim", 1) == -1:
+                for name, mean in divergence.items():
+                    mean.update(kl(outputs["float"], outputs[name]))
+            if "deployed" in models and prepared in models:
+                deployed, before = outputs["deployed"], outputs[prepared]
+                bit_equal &= torch.equal(deployed, before)
+                difference = max(difference, (deployed.double() - before.double()).abs().max().item())
             examples += len(target)
         if first is None:
             raise CheckpointError("The test set is empty: there is nothing to measure.")
-        latency = alternating_latency(models, first, repeats, device)
+        latency = alternating_times({n: functools.partial(call_network, m, first) for n, m in there.items()}, repeats,
+                                    device)
+        steps = {n: step for n, m in there.items() if isinstance(first, Tensor) and (step := decoding(m, first[:1]))}
+        decode = alternating_times(steps, repeats, device)
     shares = {pair: float(mean.compute()) for pair, mean in agreement.items() if mean.update_called}
-    compared = "deployed" in models and "qat" in models
+    compared = "deployed" in models and prepared in models
     return Results(
         metric=metric_name,
         rows=[
@@ -122,9 +150,11 @@ def measure(
                 name,
                 float(scores[name].compute()),
                 shares.get((name, "float")),
-                shares.get((name, "qat")),
+                shares.get((name, prepared)),
                 sizes[name],
-                latency[name],
+                latency.get(name),
+                float(divergence[name].compute()) if divergence[name].update_called else None,
+                decode.get(name),
             )
             for name in models
         ],
@@ -132,7 +162,9 @@ def measure(
         greatest_difference=difference if compared else None,
         examples=examples,
         batch_size=batch_size(first),
+        tokens=first.numel() if decode and isinstance(first, Tensor) else None,
         higher_is_better=metric.higher_is_better is not False,
+        prepared=prepared,
         proportion=(metric.plot_lower_bound, metric.plot_upper_bound) == (0.0, 1.0),
     )
 
@@ -153,15 +185,22 @@ def predictions(output: Tensor, target: Tensor, loss: nn.Module) -> Tensor | Non
     return predicted.flatten()
 
 
-def alternating_latency(
-    models: Mapping[str, nn.Module], inputs: Any, repeats: int, device: torch.device
+def kl(expected: Tensor, output: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence, in nats, of what a model says from what the float model says: logits
+    (..., classes)."""
+    wanted, said = (t.float().log_softmax(-1).flatten(0, -2) for t in (expected, output))
+    return nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+
+
+def alternating_times(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median milliseconds of a forward pass. The models take turns, so that a disturbance meets all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn, (name, model) in itertools.product(range(repeats + 2), models.items()):
+    """Median milliseconds of each call. They take turns, so that a disturbance meets all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, (name, made) in itertools.product(range(repeats + 2), calls.items()):
         _wait(device)
         start = time.perf_counter()
-        call_network(model, inputs)
+        made()
         _wait(device)
         if turn >= 2:  # the first turns warm caches up
             times[name].append((time.perf_counter() - start) * 1e3)

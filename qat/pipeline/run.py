@@ -1,5 +1,8 @@
 """A whole run: float -> control -> ptq -> qat -> deploy -> table, each stage complete on disk before the next begins.
 
+``mode=ptq`` calibrates and trains no more: float -> ptq -> deploy -> table. For a pretrained model it is quantize ->
+table: weights are read, quantized and written unit by unit, so it need not fit in memory in floating point.
+
 The run folder::
 
     config.yaml          the resolved configuration (the recipe written out)
@@ -34,13 +37,25 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 import qat
 from qat.compression.channels import pruned_shapes
 from qat.compression.pruning import Pruning, attach
+from qat.deploy.checkpoint import read_manifest
+from qat.deploy.streaming import stream, visiting, without_weights
 from qat.errors import ConfigError
-from qat.pipeline.evaluation import MODELS, channel_shapes, first_example, load_model, measure, move, weights_file
+from qat.pipeline.evaluation import (
+    channel_shapes,
+    first_example,
+    fits_in_memory,
+    load_model,
+    measure,
+    move,
+    stored_bytes,
+    weights_file,
+)
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
@@ -90,10 +105,17 @@ class Run:
         console: where to print; silent consoles (``quiet=True``) are fine.
     """
 
-    STAGES = ("float", "control", "ptq", "qat", "deploy", "table")
-
     def __init__(self, config: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
         self.config, self.folder, self.console = config, folder, console or Console()
+        self.pretrained = config["pretrained"]
+        training = config["mode"] == "qat"
+        self.stages = (("float", "control", "ptq", "qat", "deploy", "table") if training else
+                       ("quantize", "table") if self.pretrained else ("float", "ptq", "deploy", "table"))
+        """What runs, in this order."""
+        self.models = (("float", "control", "ptq", "qat", "deployed") if training else
+                       ("float", "deployed") if self.pretrained else ("float", "ptq", "deployed"))
+        """What the table compares."""
+        self.prepared = "qat" if training else "ptq"
         self.recipe = qat.Recipe.from_dict(config["recipe"])
         self.schedule, self.distill = dict(config["schedule"]), dict(config["distill"])
         self.pruning = Pruning.from_dict(config["prune"])
@@ -134,9 +156,10 @@ class Run:
             qat.QuantizationError: everything that a user can put right.
             KeyboardInterrupt: run again in the same folder to continue.
         """
-        if not (self.folder / "stages" / "ptq.json").exists():
+        if "ptq" in self.stages and not (self.folder / "stages" / "ptq.json").exists():
             # A recipe that does not fit the network is an error now, and not after an hour of float training.
-            network = build(self.config["model"], "model")
+            network = load_model(self.config, self.folder, "float", None) if self.pretrained else build(
+                self.config["model"], "model")
             _check_fit(network, self._example)
             prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
             if self.pruning.masks:
@@ -157,9 +180,9 @@ class Run:
             )
         if teacher is not None:
             remember_teacher(self.folder, teacher)
-        for number, name in enumerate(self.STAGES, 1):
+        for number, name in enumerate(self.stages, 1):
             done = self.folder / "stages" / f"{name}.json"
-            head = f"[bold]{number}/{len(self.STAGES)} {name}[/]"
+            head = f"[bold]{number}/{len(self.stages)} {name}[/]"
             if done.exists():
                 self.console.print(f"{head} finished before", highlight=False)
                 continue
@@ -175,7 +198,29 @@ class Run:
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
+    def _quantize(self) -> dict[str, Any]:
+        """From a folder of float weights to a deployed folder, unit by unit."""
+        with without_weights():
+            network = build(self.config["model"], "model")
+        batches = list(self._inputs(self.schedule["calibration_batches"]))
+        shown = self.console.is_terminal and not self.console.quiet
+        with Progress(*Progress.get_default_columns(), console=self.console, transient=True, disable=not shown) as bar:
+            task = bar.add_task("quantize", total=None)
+            certificate = stream(network, self.pretrained, self.folder / "deployed", self.recipe, self._example,
+                                 batches, lambda _, done, of: bar.update(task, completed=done, total=of))
+        manifest = read_manifest(self.folder / "deployed")
+        self._describe(certificate, manifest["coverage"])
+        return {"units": len(manifest["files"]), "batches": len(batches), "equal": certificate.equal}
+
+    def _describe(self, certificate: qat.Certificate, coverage: Mapping[str, Any]) -> None:
+        """What the run folder says of the deployed model beside it."""
+        write_text(self.folder / "deployed" / "config.yaml", (self.folder / "config.yaml").read_text(encoding="utf-8"))
+        write_text(self.folder / "certificate.json", json.dumps(certificate.to_dict(), indent=1))
+        write_text(self.folder / "coverage.json", json.dumps(coverage, indent=1))
+
     def _float(self) -> dict[str, Any]:
+        if self.pretrained:
+            return {"weights": self.pretrained}
         torch.manual_seed(stream_seed(self.config["seed"]))
         module = self._module(None, 1.0)
         module.configure_model()
@@ -189,7 +234,7 @@ class Run:
         """
         module = self._module(None, self.schedule["learning_rate"])
         module.configure_model()
-        load_weights(cast(nn.Module, module.network), weights_file(self.folder, "float"))
+        cast(nn.Module, module.network).load_state_dict(self._load("float").state_dict())
         return self._fit("control", module, self.extra_budget)
 
     def _ptq(self) -> dict[str, Any]:
@@ -218,14 +263,12 @@ class Run:
         return self._fit("qat", module, self.extra_budget, *phases(self.schedule), *pruning)
 
     def _deploy(self) -> dict[str, Any]:
-        prepared = self._load("qat").to(self.device)
+        prepared = self._load(self.prepared).to(self.device)
         if self.pruning.masks:
             attach(prepared, self.pruning)  # the masks came with the weights; so coverage says what was pruned
         deployed, certificate = qat.convert(prepared, self._inputs(self.schedule["calibration_batches"]))
         qat.save(deployed, self.folder / "deployed")
-        write_text(self.folder / "deployed" / "config.yaml", (self.folder / "config.yaml").read_text(encoding="utf-8"))
-        write_text(self.folder / "certificate.json", json.dumps(certificate.to_dict(), indent=1))
-        write_text(self.folder / "coverage.json", json.dumps(qat.coverage(prepared).to_dict(), indent=1))
+        self._describe(certificate, qat.coverage(prepared).to_dict())
         found = {"zeros": f"{certificate.total_sparsity:.1%}"} if self.pruning.masks else {}
         return {"equal": certificate.to_dict()["equal"]} | found
 
@@ -247,21 +290,36 @@ class Run:
     def _results(self) -> Results:
         return read_csv(self.folder / "results.csv")
 
-    def evaluate(self, models: Iterable[str] = MODELS) -> Results:
-        """Measure these models of the run again, from what is on disk."""
-        return self.measure({name: (self._load(name), weights_file(self.folder, name)) for name in models})
+    def evaluate(self, models: Iterable[str] | None = None) -> Results:
+        """Measure these models of the run (None: all) again, from what is on disk."""
+        wanted = self.models if models is None else tuple(models)
+        with contextlib.ExitStack() as stack:
+            networks = {}
+            for name in wanted:
+                if name == "float" and self.pretrained and not fits_in_memory(stored_bytes(self._weights(name))):
+                    with without_weights():
+                        network = build(self.config["model"], "model").eval()
+                    networks[name] = stack.enter_context(visiting(network, self.pretrained))
+                else:
+                    networks[name] = self._load(name)
+            return self.measure({name: (network, self._weights(name)) for name, network in networks.items()})
+
+    def _weights(self, model: str) -> Path:
+        """The file or folder of a model's weights."""
+        return Path(self.pretrained) if model == "float" and self.pretrained else weights_file(self.folder, model)
 
     def measure(self, models: Mapping[str, tuple[nn.Module, Path]]) -> Results:
-        """Measure models, each with the file of its weights, on the test set of this run."""
+        """Measure models, each with the file or folder of its weights, on the test set of this run."""
         self.data.setup("test")
         return measure(
             {name: network for name, (network, _) in models.items()},
-            {name: path.stat().st_size for name, (_, path) in models.items()},
+            {name: stored_bytes(path) for name, (_, path) in models.items()},
             itertools.islice(self.data.test_dataloader(), 1 if self.fast else None),
             self.config["metrics"],
             build(self.config["loss"], "loss"),
             self.device,
             repeats=3 if self.fast else 30,
+            prepared=self.prepared,
         )
 
     def _load(self, model: str) -> nn.Module:

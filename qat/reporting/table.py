@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -34,7 +34,9 @@ class Row:
         agreement_float: share of the predictions that equal the float model's; None where that was not measured.
         agreement_prepared: the same against the prepared model after training.
         bytes: size of the weights file.
-        latency_ms: median time for one batch, in milliseconds.
+        latency_ms: median time for one batch, in milliseconds; None for a model that is not in memory.
+        divergence: mean KL divergence of its predictions from the float model's, in nats; None where not measured.
+        decode_ms: median time of one token at batch 1 on a cache; None for a model that generates no text.
     """
 
     model: str
@@ -42,7 +44,9 @@ class Row:
     agreement_float: float | None
     agreement_prepared: float | None
     bytes: int
-    latency_ms: float
+    latency_ms: float | None
+    divergence: float | None = None
+    decode_ms: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Results:
         batch_size: examples in the batch that ``latency_ms`` was measured with.
         higher_is_better: of the score.
         proportion: whether the score is a share of 1, which is shown in percent.
+        prepared: the model that the deployed one was made of.
+        tokens: tokens in that batch, of a model that generates text; else None.
     """
 
     metric: str
@@ -67,6 +73,8 @@ class Results:
     batch_size: int
     higher_is_better: bool = True
     proportion: bool = True
+    prepared: str = "qat"
+    tokens: int | None = None
 
     def title(self) -> str:
         """The metric for people."""
@@ -86,31 +94,46 @@ class Results:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers and rows as text, for the terminal and the HTML report."""
         whole = next((row.bytes for row in self.rows if row.model == "float"), None)
-        headers = ["model", self.title(), "as float", "as QAT", "bytes", "of float", "latency"]
-        return headers, [
-            [
-                TITLES[row.model],
-                f"{row.score:.2%}" if self.proportion else f"{row.score:.5g}",
-                "" if row.agreement_float is None else f"{row.agreement_float:.2%}",
-                "" if row.agreement_prepared is None else f"{row.agreement_prepared:.2%}",
-                f"{row.bytes:,}",
-                "" if whole is None else f"{row.bytes / whole:.2f}x",
-                f"{row.latency_ms:.2f} ms",
-            ]
-            for row in self.rows
-        ]
+        text = self.tokens is not None
+        columns: dict[str, Callable[[Row], str]] = {
+            "model": lambda row: TITLES[row.model],
+            self.title(): lambda row: f"{row.score:.2%}" if self.proportion else f"{row.score:.5g}",
+            "as float": lambda row: _shown(row.agreement_float, ".2%"),
+        }
+        if any(row.model == self.prepared for row in self.rows):
+            columns[f"as {TITLES[self.prepared]}"] = lambda row: _shown(row.agreement_prepared, ".2%")
+        if any(row.divergence is not None for row in self.rows):
+            columns["KL"] = lambda row: _shown(row.divergence, ".4f")
+        columns |= {
+            "MB" if text else "bytes": lambda row: f"{row.bytes / 1e6:.4g}" if text else f"{row.bytes:,}",
+            "of float": lambda row: "" if whole is None else f"{row.bytes / whole:.2f}x",
+        }
+        if text:
+            columns |= {
+                "prefill": lambda row: _rate(self.tokens, row.latency_ms),
+                "decode": lambda row: _rate(1, row.decode_ms),
+            }
+        else:
+            columns["latency"] = lambda row: _shown(row.latency_ms, ".2f", " ms")
+        return list(columns), [[column(row) for column in columns.values()] for row in self.rows]
 
     def render(self) -> Table:
         """For ``rich.print``."""
         headers, rows = self.cells()
         caption = Text(
-            "control: float, with the same extra training. QAT: prepared. deployed: integers.\n"
-            "as float, as QAT: share of equal predictions. bytes: the weights file.\n"
-            f"latency: median of one batch of {self.batch_size}, models alternating.\n"
+            ("control: float, with the same extra training. QAT: prepared. deployed: integers.\n"
+             if self.prepared == "qat" else "PTQ: calibrated. deployed: integers.\n" if self.tokens is None else "") +
+            f"{', '.join(h for h in self.cells()[0] if h.startswith('as '))}: share of equal predictions. "
+            f"{'bytes' if self.tokens is None else 'MB'}: the weights file.\n"
+            + ("KL: divergence from the float model's predictions, in nats.\n"
+               if any(row.divergence is not None for row in self.rows) else "")
+            + (f"latency: median of one batch of {self.batch_size}, models alternating.\n" if self.tokens is None else
+               f"prefill, decode: tokens/s, {self.tokens} at once and one by one; medians, models alternating.\n")
             + ("" if self.higher_is_better else f"{self.title()}: lower is better.\n")
         )
         caption.append(self.parity(), style={True: "bold green", False: "bold red", None: ""}[self.bit_equal])
-        table = Table(title=f"{self.examples} test examples", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+        table = Table(title=f"{self.examples} test examples", caption=caption, caption_justify="left", box=SIMPLE_HEAD,
+                      pad_edge=self.tokens is None)
         for i, header in enumerate(headers):
             lines = textwrap.fill(header, 9, break_long_words=False)
             table.add_column(lines, justify="right" if i else "left", no_wrap=True)
@@ -130,6 +153,14 @@ class Results:
         return out.getvalue()
 
 
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _rate(tokens: int | None, ms: float | None) -> str:
+    return "" if tokens is None or ms is None else f"{tokens / ms * 1e3:,.0f}"
+
+
 def read_csv(path: Path) -> Results:
     """What ``Results.csv`` wrote.
 
@@ -146,7 +177,8 @@ def read_csv(path: Path) -> Results:
         rows = [
             Row(
                 line["model"], float(line["score"]), number(line["agreement_float"]),
-                number(line["agreement_prepared"]), int(line["bytes"]), float(line["latency_ms"]),
+                number(line["agreement_prepared"]), int(line["bytes"]), number(line["latency_ms"]),
+                number(line["divergence"]), number(line["decode_ms"]),
             )
             for line in lines
         ]  # fmt: skip
@@ -154,7 +186,9 @@ def read_csv(path: Path) -> Results:
         return Results(
             last["metric"], rows, {"True": True, "False": False, "": None}[last["bit_equal"]],
             number(last["greatest_difference"]), int(last["examples"]), int(last["batch_size"]),
-            *({"True": True, "False": False}[last[key]] for key in ("higher_is_better", "proportion")),
+            {"True": True, "False": False}[last["higher_is_better"]],
+            {"True": True, "False": False}[last["proportion"]], last["prepared"],
+            int(last["tokens"]) if last["tokens"] else None,
         )  # fmt: skip
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} is not a results table: {error}") from error
@@ -169,7 +203,7 @@ def compare(measured: Results, stored: Results) -> list[str]:
         if old is None:
             differences.append(f"{TITLES[row.model]} is not in the stored table.")
             continue
-        for field in ("score", "agreement_float", "agreement_prepared", "bytes"):
+        for field in ("score", "agreement_float", "agreement_prepared", "bytes", "divergence"):
             now, then = getattr(row, field), getattr(old, field)
             if now is not None and now != then:
                 name = measured.metric if field == "score" else field

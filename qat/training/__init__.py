@@ -8,6 +8,7 @@ from qat.training.finetune import QuantizationAware, deploy, quantize
 from qat.training.ladder import Ladder
 from qat.training.module import QuantizedTraining, WarmupCosine
 from qat.training.oscillation import Oscillations
+from qat.training.pretrained import TokenDataModule, causal_lm
 from qat.training.pruning import PruningSchedule
 from qat.training.sharding import shard
 from qat.training.text import LineDataModule, TextDataModule
@@ -28,10 +29,12 @@ __all__ = [
     "ResumableLoader",
     "TextDataModule",
     "TokenCrossEntropy",
+    "TokenDataModule",
     "WarmupCosine",
     "WeightAverage",
     "allow_targets",
     "build",
+    "causal_lm",
     "deploy",
     "quantize",
     "shard",

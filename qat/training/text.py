@@ -35,25 +35,25 @@ SEPARATOR = b"\0"  # between documents; text does not contain it
 FEW = 20  # documents; below it the end of the text is held out, not whole documents
 
 
-class ByteWindows:
-    """Windows of ``length`` bytes, side by side, each with the bytes that follow as its target.
+class Windows:
+    """Windows of ``length`` tokens, side by side, each with the tokens that follow as its target.
 
-    Inputs and targets: (batch, length) int64 in 0..255; ``target[:, i]`` is the byte after ``inputs[:, i]``.
+    Inputs and targets: (batch, length) int64; ``target[:, i]`` is the token after ``inputs[:, i]``.
 
     Args:
-        text: the whole text.
+        text: the whole text as tokens, (tokens,) of an integer type.
         limit: at most so many windows, spread evenly over the text; None: all of them.
         name: of the split, for the error.
     """
 
-    def __init__(self, text: bytes, length: int, limit: int | None = None, name: str = "the text") -> None:
+    def __init__(self, text: Tensor, length: int, limit: int | None = None, name: str = "the text") -> None:
         windows = (len(text) - 1) // length
         if windows < 1:
             raise ConfigError(
-                f"data: {name} has {len(text)} bytes, and a window needs {length + 1}. Give more text, or a smaller "
+                f"data: {name} has {len(text)} tokens, and a window needs {length + 1}. Give more text, or a smaller "
                 "data.length."
             )
-        self.text, self.length = torch.frombuffer(bytearray(text), dtype=torch.uint8), length
+        self.text, self.length = text, length
         count = windows if limit is None else min(limit, windows)
         self.starts = torch.arange(count) * windows // count * length
 
@@ -63,6 +63,11 @@ class ByteWindows:
     def fetch(self, indices: Tensor) -> Batch:
         taken = self.text[self.starts[indices, None] + torch.arange(self.length + 1)].long()
         return taken[:, :-1], taken[:, 1:]
+
+
+def as_tokens(documents: Sequence[bytes]) -> Tensor:
+    """Bytes as tokens 0..255, uint8, with a zero byte between documents."""
+    return torch.frombuffer(bytearray(SEPARATOR.join(documents)), dtype=torch.uint8)
 
 
 class TextDataModule(ResumableData):
@@ -134,7 +139,11 @@ class TextDataModule(ResumableData):
             val = split(self.val_split)
         for name, documents in (("train", train), ("val", val), ("test", test)):
             limit = None if name == "train" else self.eval_windows
-            setattr(self, name, ByteWindows(SEPARATOR.join(documents), self.length, limit, f"{name} of {where}"))
+            setattr(self, name, Windows(self.tokens(documents), self.length, limit, f"{name} of {where}"))
+
+    def tokens(self, documents: Sequence[bytes]) -> Tensor:
+        """The text that windows are taken from."""
+        return as_tokens(documents)
 
     def _splits(self) -> dict[str, Dataset]:
         if self.dataset is None:

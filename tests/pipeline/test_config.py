@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+import zoo
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
@@ -14,7 +15,7 @@ import qat
 from qat.errors import ConfigError, QuantizationError, RecipeError
 from qat.pipeline import Run, run_config
 from qat.pipeline.command import explain
-from qat.pipeline.config import OF_THE_CALL, STORED, read_recipe
+from qat.pipeline.config import FOLDED, OF_THE_CALL, STORED, read_recipe
 from qat.training.build import build
 from qat.training.module import QuantizedTraining
 
@@ -27,11 +28,18 @@ def composed(*overrides, name="config"):
         return compose(name, list(overrides))
 
 
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    return zoo.language_model_folder(tmp_path_factory.mktemp("model"))
+
+
 @pytest.mark.parametrize("choice", GROUPS)
-def test_every_choice_composes_and_builds(choice):
+def test_every_choice_composes_and_builds(choice, request):
     extra = ["data.dataset=nowhere", "data.num_classes=7"] if choice == "data=images" else []
     extra += ["data=cifar10"] if choice == "model=cnn" else []
     extra += ["distill.teacher=float"] if choice == "experiment=digits_student" else []
+    if choice in ("data=tokens", "model=causal_lm") or choice.endswith("_causal_lm"):
+        extra += [f"model.path={request.getfixturevalue('language_model')}"]
     config = run_config(composed(choice, *extra))
     run = Run(config, Path("unused"))
     assert run.extra_budget.keys() <= {"max_epochs", "max_steps"}
@@ -53,8 +61,8 @@ def test_every_preset_has_a_recipe_config():
 
 
 def test_the_keys_of_the_files_are_the_known_keys():
-    assert set(composed()) == set(STORED + OF_THE_CALL) - {"run", "deployed", "sweep"}
-    assert set(composed(name="evaluate")) == set(STORED + OF_THE_CALL)
+    assert set(composed()) == set(STORED + FOLDED + OF_THE_CALL) - {"run", "deployed", "sweep"}
+    assert set(composed(name="evaluate")) == set(STORED + FOLDED + OF_THE_CALL)
 
 
 def test_a_stored_config_stands_alone():

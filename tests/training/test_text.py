@@ -9,10 +9,11 @@ import torch
 
 from qat.errors import ConfigError
 from qat.training.text import (
-    ByteWindows,
     LineDataModule,
     Sequences,
     TextDataModule,
+    Windows,
+    as_tokens,
     file_table,
     hold_out,
     standard_library,
@@ -25,7 +26,7 @@ DOCUMENTS = [(f"document {i}: " + chr(ord("a") + i % 26) * (40 + i)).encode() fo
 @pytest.mark.parametrize(("size", "windows"), [(9, 1), (16, 1), (17, 2), (41, 5)])
 def test_windows_lie_side_by_side_and_targets_follow(size, windows):
     text = bytes(range(size))
-    examples = ByteWindows(text, 8)
+    examples = Windows(as_tokens([text]), 8)
     assert len(examples) == windows
     inputs, target = examples.fetch(torch.arange(windows))
     assert inputs.dtype == target.dtype == torch.int64
@@ -34,11 +35,11 @@ def test_windows_lie_side_by_side_and_targets_follow(size, windows):
 
 
 def test_a_limit_spreads_windows_over_the_whole_text():
-    examples = ByteWindows(bytes(1001), 10, limit=4)
+    examples = Windows(as_tokens([bytes(1001)]), 10, limit=4)
     assert examples.starts.tolist() == [0, 250, 500, 750]
-    assert len(ByteWindows(bytes(1001), 10, limit=500)) == 100
+    assert len(Windows(as_tokens([bytes(1001)]), 10, limit=500)) == 100
     with pytest.raises(ConfigError, match="a window needs 11"):
-        ByteWindows(bytes(10), 10)
+        Windows(as_tokens([bytes(10)]), 10)
 
 
 def write_documents(folder, documents=DOCUMENTS, suffix=".txt"):
