@@ -284,6 +284,8 @@ def _module_macs(module: nn.Module, args: Any, kwargs: Any, first: Any) -> int:
         return math.prod(first.shape) // width * used
     if isinstance(module, nn.Linear):
         return math.prod(first.shape) * module.in_features
+    if getattr(module, "is_product", False):                # of two activations: sums along the rows of the first
+        return math.prod(first.shape) * args[0].shape[-1]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         taken = next((t for t in pytree.tree_leaves(args) if isinstance(t, Tensor | QuantizedTensor)), None)
         each = module.out_channels // module.groups * math.prod(module.kernel_size)
