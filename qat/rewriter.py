@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,8 +187,8 @@ def _attention_to_modules(model: nn.Module, recipe: Recipe,
     """Give the attention modules of transformers whose products a rule quantizes modules for them.
 
     Returns:
-        Those modules with what :func:`~qat.modules.attention_interface.attach` needs; and those that a rule asks for
-        but that stay float, with the reason.
+        Those modules with what :func:`~qat.modules.attention_interface.attach` needs; and the products (by the names
+        that they would have) that a rule asks for but that stay float, with the reason.
     """
     wanted = [n for n in attention_interface.callers(model) if any(_asks(recipe, n, c) for c in
                                                                     attention_interface.CHILDREN)]
@@ -196,7 +196,7 @@ def _attention_to_modules(model: nn.Module, recipe: Recipe,
         return {}, {}
     if inputs is None:
         reason = "whether its attention has the usual formula is seen on example inputs: give them to prepare"
-        return {}, dict.fromkeys(wanted, reason)
+        return {}, dict.fromkeys(_products(wanted), reason)
     before, failure = _results(model, inputs), ""
     try:
         with attention_interface.watching(model) as seen:
@@ -209,14 +209,18 @@ def _attention_to_modules(model: nn.Module, recipe: Recipe,
     attention = {n: {"heads": seen[n].heads, "channels": seen[n].channels} for n in wanted if not reasons[n]}
     for name, sizes in attention.items():
         attention_interface.attach(model.get_submodule(name), **sizes)
-    return attention, {n: reason for n, reason in reasons.items() if reason}
+    return attention, {p: reason for n, reason in reasons.items() if reason for p in _products([n])}
+
+
+def _products(names: Iterable[str]) -> list[str]:
+    """The names of the products of attention modules."""
+    return [f"{n}.{c}" if n else c for n in names for c in attention_interface.CHILDREN]
 
 
 def _asks(recipe: Recipe, name: str, child: str) -> bool:
     """Whether the recipe quantizes this product of an attention module."""
     kinds = (f"Attention{child.capitalize()}", "MatMul")
-    full = f"{name}.{child}" if name else child
-    rule = next((r for r in recipe.rules if r.matches(full, kinds)), None)
+    rule = next((r for r in recipe.rules if r.matches(f"{name}.{child}" if name else child, kinds)), None)
     return rule is not None and rule.input is not None
 
 
@@ -436,8 +440,9 @@ def coverage(model: nn.Module) -> Coverage:
     for call in state.functions or ():
         used = f" of {', '.join(call.parameters)}" if call.parameters else ""
         remedy = REMEDIES.get(str(call.function), "")
-        if remedy and not used and call.owner in state.plan.kept:
-            remedy = f"; {state.plan.kept[call.owner]}"
+        product = f"{call.owner}.scores" if call.owner else "scores"
+        if remedy and product in state.plan.kept:
+            remedy = f"; {state.plan.kept[product]}"
         rows.append(Row(f"{call.owner or 'model'}: {call.function}", "function", "kept", "", "", 0, call.macs,
                         f"called as a function{used}: no module to swap{remedy}"))
     if state.functions is None:

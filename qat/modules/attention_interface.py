@@ -303,7 +303,9 @@ def callers(model: nn.Module) -> dict[str, nn.Module]:
 def _source(module: nn.Module) -> Callable[..., Any] | None:
     """The function of a module's class that looks the attention function up."""
     for kind in type(module).__mro__:
-        for made in vars(kind).values() if kind.__module__ != "torch.nn.modules.module" else ():
+        if kind.__module__ in ("torch.nn.modules.module", "transformers.modeling_utils"):
+            continue                    # the base of all models checks names there, and calls nothing
+        for made in vars(kind).values():
             made = inspect.unwrap(made) if inspect.isfunction(made) else None
             if made is not None and INTERFACE in made.__code__.co_names and INTERFACE in made.__globals__:
                 return made
