@@ -41,6 +41,7 @@ from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
 
+
 def __getattr__(name: str) -> Any:
     """``QuantizedCache`` needs transformers, so it is imported when it is asked for."""
     if name == "QuantizedCache":

@@ -43,7 +43,7 @@ class Plan:
         kept: module or parameter name -> why it stays float.
         backward_dtype: see :class:`~qat.recipe.Recipe`.
         traced: module name -> its new children, with their kinds, for functions that its forward called.
-        attention: attention module of transformers that calls our function -> heads and channels of its values.
+        attention: attention module of transformers that calls our function -> heads and channels of keys and values.
     """
 
     layers: dict[str, LayerPlan] = field(default_factory=dict)
@@ -192,8 +192,8 @@ class Planner:
                 because = f" ({refused[rule]})" if rule in refused else ""
                 if rule.type in FUNCTIONS and not because:
                     because = (f" (no qat.{rule.type} of that name, and no such function in a forward that can be "
-                               f"traced: write a qat.{rule.type} into the model; the attention of transformers is found "
-                            "with example_inputs)")
+                                  f"traced: write a qat.{rule.type} into the model; attention of transformers is found "
+                               "with example_inputs)")
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
 

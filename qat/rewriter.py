@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from qat.errors import PrepareError, RecipeError
-from qat.modules.adapted import Adapted
 from qat.modules import attention_interface
+from qat.modules.adapted import Adapted
 from qat.modules.attention import step_by_step
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
@@ -206,7 +206,7 @@ def _attention_to_modules(model: nn.Module, recipe: Recipe,
     except Exception as error:  # whatever a model does that finds an attention function it does not know
         failure = f"the model does not run with another attention function: {error}"
     reasons = {n: failure or (seen[n].reason if n in seen else "it did not run on the example inputs") for n in wanted}
-    attention = {n: {"heads": seen[n].heads, "channels": seen[n].channels} for n in wanted if not reasons[n]}
+    attention = {n: seen[n].sizes for n in wanted if not reasons[n]}
     for name, sizes in attention.items():
         attention_interface.attach(model.get_submodule(name), **sizes)
     return attention, {p: reason for n, reason in reasons.items() if reason for p in _products([n])}

@@ -145,9 +145,10 @@ class _Recorder(TorchFunctionMode):
         name = PRODUCTS.get(func)
         used = [self.names[id(t)] for t in pytree.tree_leaves((args, kwargs)) if id(t) in self.names]
         first = next((t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)), None)
+        macs = _function_macs(name, (*args, *kwargs.values()), first) if name else 0
         self.trace.calls.append(Call(
             None, name or f"~{getattr(func, '__name__', func)}", self.stack[-1], inputs, outputs,
-            0 if first is None else first.dim(), _function_macs(name, args, first) if name else 0, used))
+            0 if first is None else first.dim(), macs, used))
         return result
 
 

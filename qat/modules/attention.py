@@ -98,8 +98,8 @@ class AttentionProduct(QuantizedMatMul):
         if self.calibrating or self.plan.input is None:
             left, right = self.float_operand(q, self.input_quantizer), self.float_operand(k, self.right_quantizer)
             return (left @ right.transpose(-1, -2)).float() * factor
-        right = ste.transposed(k) if isinstance(k, QuantizedTensor) else self.right(k.transpose(-1, -2))
-        return self.multiply(self.left(q), right, factor, torch.float32)
+        codes = ste.transposed(k) if isinstance(k, QuantizedTensor) else self.right(k.transpose(-1, -2))
+        return self.multiply(self.left(q), codes, factor, torch.float32)
 
 
 class Scores(AttentionProduct):

@@ -60,7 +60,16 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
 class AttentionScores(MatMul):
-    """``q @ k^T * factor`` in float32: q (..., L, head_dim), k (..., S, head_dim) to (..., L, S)."""
+    """``q @ k^T * factor`` in float32: q (N, heads, L, head_dim), k (N, heads, S, head_dim) to (N, heads, L, S).
+
+    Args:
+        heads: heads of the keys.
+        width: ``heads * head_dim`` of the keys.
+    """
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
 
     def forward(self, q: Tensor, k: Tensor, factor: float = 1.0) -> Tensor:
         return (q @ k.transpose(-1, -2)).float() * factor
@@ -75,12 +84,12 @@ class AttentionContext(MatMul):
 
     Args:
         heads: heads of the values.
-        channels: ``heads * head_dim`` of the values.
+        width: ``heads * head_dim`` of the values.
     """
 
-    def __init__(self, heads: int, channels: int) -> None:
+    def __init__(self, heads: int, width: int) -> None:
         super().__init__()
-        self.heads, self.channels = heads, channels
+        self.heads, self.width = heads, width
 
     def forward(self, probabilities: Tensor, v: Tensor) -> Tensor:
         values = split_heads(v, self.heads)
@@ -89,9 +98,12 @@ class AttentionContext(MatMul):
 
 @register
 class QuantizedAttentionScores(AttentionProduct, AttentionScores):
-    """The scores on integers. The keys may come as codes, (..., S, head_dim), from a quantized cache."""
+    """The scores on integers. The keys may come as codes, (N, heads, S, head_dim), from a quantized cache."""
 
     replaces = AttentionScores
+
+    heads: int
+    width: int
 
     def codes_of(self, k: Tensor) -> QuantizedTensor:
         """The keys (N, heads, S, head_dim) as codes: what a cache may keep of them."""
@@ -109,7 +121,7 @@ class QuantizedAttentionContext(AttentionProduct, AttentionContext):
     replaces = AttentionContext
 
     heads: int
-    channels: int
+    width: int
 
     def make_activation_quantizers(self) -> None:
         super().make_activation_quantizers()
@@ -118,7 +130,7 @@ class QuantizedAttentionContext(AttentionProduct, AttentionContext):
     def make_right_quantizer(self, spec: TensorSpec) -> Quantizer:
         if spec.granularity == "per_token":     # its scale goes into the probabilities, a zero point could not
             spec = spec.replace(format=signed(spec.replace(symmetric=True)).format, symmetric=True)
-        return value_quantizer(spec, self.channels)
+        return value_quantizer(spec, self.width)
 
     def codes_of(self, v: Tensor) -> QuantizedTensor:
         """The values (N, heads, S, head_dim) as codes: what a cache may keep of them."""
@@ -201,16 +213,12 @@ def attend(scores: Any, context: Any, query: Tensor, key: Tensor, value: Tensor,
     if heads % groups:
         raise UnsupportedError(f"{getattr(scores, 'name', 'attention')}: {heads} heads of queries do not share "
                                f"{groups} heads of keys evenly")
-    plan = getattr(context, "plan", None)
-    integer = plan is not None and plan.input is not None and not context.calibrating
-    k: Any = key
-    if getattr(scores, "plan", None) is not None and not scores.calibrating and scores.plan.input is not None:
-        k = carried(key) or scores.codes_of(key)
+    k: Any = (carried(key) or scores.codes_of(key)) if _on_integers(scores) else key
     rows = query.reshape(query.shape[0], groups, -1, query.shape[3])
     raw = scores(rows, k, how.scaling)
     raw = how.scores(raw.reshape(raw.shape[0], heads, length, raw.shape[-1]))
     sink = None if how.sink is None else how.sink.float().reshape(1, -1, 1, 1)
-    if not integer:
+    if not _on_integers(context):
         probabilities = float_softmax(raw if sink is None else torch.cat([raw, sink.expand(*raw.shape[:3], 1)], -1))
         probabilities = F.dropout(probabilities[..., : raw.shape[-1]], how.dropout)
         grouped = probabilities.reshape(raw.shape[0], groups, -1, raw.shape[-1])
@@ -222,13 +230,18 @@ def attend(scores: Any, context: Any, query: Tensor, key: Tensor, value: Tensor,
         worth = v.scale
         v = ste.rearranged(v, v.codes, lambda g: g / worth, torch.ones((), device=value.device), v.zero_point)
     by_key = None if worth is None else worth.transpose(-1, -2).repeat_interleave(heads // groups, 1)
-    codes = ste.softmax(raw, probability_spec(plan.input), context.backward_type(value), by_key, sink)
+    codes = ste.softmax(raw, probability_spec(context.plan.input), context.backward_type(value), by_key, sink)
     codes = ste.dropout(codes, how.dropout) if how.dropout else codes
     y = _by_query(context(_regrouped(codes, groups), v), heads, length)
     if not need_weights:
         return y, None
     used = codes.dequantize(torch.float32)
     return y, (used if by_key is None else used / by_key).to(query.dtype)
+
+
+def _on_integers(product: Any) -> bool:
+    """Whether a product is quantized, and not computing in floating point to be calibrated."""
+    return isinstance(product, AttentionProduct) and product.plan.input is not None and not product.calibrating
 
 
 def _by_query(y: Tensor, heads: int, length: int) -> Tensor:
@@ -292,7 +305,7 @@ def connect() -> None:
         AttentionMaskInterface.register(PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
 
 
-def callers(model: nn.Module) -> dict[str, nn.Module]:
+def callers(model: nn.Module) -> dict[str, Any]:
     """The modules of ``model`` that look their attention function up in transformers' interface, by name."""
     if "transformers" not in sys.modules:
         return {}
@@ -324,11 +337,12 @@ def own_function(module: Any) -> Callable[..., Any] | None:
     return found[0] if len(found) == 1 else None
 
 
-def attach(module: Any, heads: int, channels: int) -> None:
+def attach(module: Any, heads: int, keys: int, values: int) -> None:
     """Give an attention module its two children, and have it call our function.
 
     Args:
-        heads, channels: of the values.
+        heads: heads of keys and values.
+        keys, values: their channels, ``heads * head_dim``.
 
     Raises:
         PrepareError: it runs an attention function whose masks ours does not take.
@@ -337,7 +351,7 @@ def attach(module: Any, heads: int, channels: int) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise PrepareError(f"{type(module).__name__}: {foreign(implementation)}")
     connect()
-    module.scores, module.context = AttentionScores(), AttentionContext(heads, channels)
+    module.scores, module.context = AttentionScores(heads, keys), AttentionContext(heads, values)
     module.scores.training = module.context.training = module.training
     module.config = redirected(module.config, PREFIX + implementation)
 
@@ -370,11 +384,16 @@ def redirected(config: Any, implementation: str) -> Any:
 
 @dataclass
 class Seen:
-    """What was seen of an attention module: heads and channels of its values, and why it stays float, or ``""``."""
+    """What was seen of an attention module: the arguments of :func:`attach`, and why it stays float, or ``""``."""
 
     heads: int = 0
-    channels: int = 0
+    keys: int = 0
+    values: int = 0
     reason: str = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"heads": self.heads, "keys": self.keys, "values": self.values}
 
 
 @dataclass
@@ -387,9 +406,10 @@ class _Watch:
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = self.own(module, query, key, value, *args, **kwargs)
-        seen = Seen(value.shape[1], value.shape[1] * value.shape[3])
+        heads = value.shape[1]
+        seen = Seen(heads, heads * key.shape[3], heads * value.shape[3])
         self.seen.append(seen)
-        products = AttentionScores(), AttentionContext(seen.heads, seen.channels)
+        products = AttentionScores(heads, seen.keys), AttentionContext(heads, seen.values)
         spread = float((query.float() @ key.float()[:, :1].transpose(-1, -2)).std()) if query.numel() else 0.0
         for gain in (1.0, 3.0 * query.shape[-1] ** 0.5 / max(spread, 1e-30)):
             # untrained models attend evenly, whatever the formula: then larger queries tell
@@ -404,6 +424,10 @@ class _Watch:
             if not _close(actual, expected):
                 seen.reason = "its attention is not the usual formula"
         return result
+
+
+def _watched(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module.config._qat_watch(module, *args, **kwargs)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -442,13 +466,12 @@ def watching(model: nn.Module) -> Iterator[dict[str, Seen]]:
         if watched:
             from transformers import AttentionInterface
 
-            AttentionInterface.register(f"{PREFIX}watch",
-                                        lambda module, *args, **kwargs: module.config._qat_watch(module, *args, **kwargs))
+            AttentionInterface.register(f"{PREFIX}watch", _watched)
         yield found
     finally:
         for name, module, config, watch in watched:
             module.config = config
             if watch.seen:
                 found[name] = next((s for s in watch.seen if s.reason), watch.seen[0])
-                if len({(s.heads, s.channels) for s in watch.seen}) > 1:
+                if len({tuple(s.sizes.values()) for s in watch.seen}) > 1:
                     found[name].reason = "its values change their number of heads or channels from call to call"

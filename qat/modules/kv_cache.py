@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from qat.errors import SpecError, UnsupportedError
 from qat.modules.attention_interface import attached, carrying
-from qat.modules.base import QuantizedModule
 from qat.numerics import affine, packing
 from qat.numerics.formats import SCALE_DTYPES, TensorSpec
 from qat.numerics.tensor import QuantizedTensor
@@ -68,14 +67,15 @@ def cache_spec(spec: TensorSpec | Mapping[str, Any] | str) -> TensorSpec:
                         "and values out")
     symmetric = spec.symmetric is not False
     if symmetric and not spec.fmt.signed:
-        raise SpecError(f"{spec.format} cannot hold negative values: use {spec.format.lstrip('u')}, or symmetric: false")
+        raise SpecError(f"{spec.format} cannot hold negative values: use {spec.format.lstrip('u')}, or symmetric: "
+                        "false")
     grouped = spec.granularity == "per_group"
     return spec.replace(granularity="per_group" if grouped else "per_token", dynamic=not grouped, symmetric=symmetric)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How keys or values (N, heads, S, head_dim) become codes: by a spec, or as a product of attention does it."""
+    """How keys or values (N, heads, S, head_dim) become codes: as a product of attention does it, or by a spec."""
 
     spec: TensorSpec
     product: Any = None
@@ -97,10 +97,12 @@ class Grid:
     def of(cls, product: Any, otherwise: TensorSpec) -> Grid:
         """That of a quantized product whose codes of a token depend on that token alone; else by a spec."""
         quantizer = getattr(product, "right_quantizer", None)
-        if (not isinstance(product, QuantizedModule) or quantizer is None
-                or (quantizer.spec.dynamic and quantizer.spec.granularity != "per_token")):
-            return cls(otherwise)
-        return cls(quantizer.spec, product)
+        alone = quantizer is not None and (not quantizer.spec.dynamic or quantizer.spec.granularity == "per_token")
+        return cls(otherwise, product if alone else None)
+
+    def without_product(self) -> Grid:
+        """By the spec."""
+        return replace(self, product=None)
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,8 @@ class Store:
             rows = (codes.codes.flatten(0, 2), codes.scale.flatten(0, 2),
                     codes.zero_point.flatten(0, 2) if isinstance(codes.zero_point, Tensor) else codes.zero_point)
             return affine.dequantize(*rows, self.spec).reshape(codes.shape).to(self.dtype)
-        flat = self.spec.replace(granularity="per_token", dynamic=True, learned=None, observer="minmax")
-        values = affine.dequantize(codes.codes, codes.scale, codes.zero_point, flat).to(self.dtype)
         usable = self.static or not summed or not isinstance(codes.zero_point, Tensor)
-        return carrying(values, codes) if usable else values
+        return carrying(codes.dequantize(), codes) if usable else codes.dequantize()
 
 
 class QuantizedCacheLayer(CacheLayerMixin):
@@ -212,18 +212,27 @@ class QuantizedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """The stored keys in floating point (cross-attention reads them so)."""
         return None if self.stores is None else self.stores[0].values(summed=False)
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         return None if self.stores is None else self.stores[1].values(summed=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
         return 0 if self.stores is None else sum(s.nbytes for s in self.stores)
+
+    def _settle(self, states: tuple[Tensor, Tensor]) -> None:
+        """Use the grids of attention only where attention is handed what is stored, as far as shapes tell.
+
+        (Latent attention stores what its keys and values are computed from.)
+        """
+        for product, x in zip((g.product for g in self.grids), states):
+            if product is not None and (product.heads, product.width) != (x.shape[1], x.shape[1] * x.shape[3]):
+                self.grids = self.grids[0].without_product(), self.grids[1].without_product()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens; all that attention may see, as stored.
@@ -234,7 +243,9 @@ class QuantizedCacheLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise UnsupportedError("a quantized cache carries no gradient: train with use_cache=False, or generate "
                                    "under torch.no_grad()")
-        self.lazy_initialization(key_states, value_states)
+        if self.stores is None:
+            self.lazy_initialization(key_states, value_states)
+            self._settle((key_states, value_states))
         new = [Store.of(grid(x)) for grid, x in zip(self.grids, (key_states, value_states))]
         keys, values = new if self.stores is None else [s.followed_by(n) for s, n in zip(self.stores, new)]
         self.seen += key_states.shape[-2]
@@ -337,18 +348,18 @@ class QuantizedCache(DynamicCache):
         if config.is_encoder_decoder and not paired:
             raise UnsupportedError(f"{type(model).__name__} has two kinds of attention with a cache each: "
                                    "QuantizedCache.paired(model)")
-        wanted = [cache_spec("int8" if spec is None else spec) for spec in (keys, values)]
+        specs = [cache_spec("int8" if spec is None else spec) for spec in (keys, values)]
         products = self._products(model)
         layers: list[Any] = []
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)))):
-            if kind in WITHOUT:
+            if kind in KEPT_WHOLE + WINDOWED:
+                scores, context = products.get(index, (None, None))
+                layers.append(QuantizedCacheLayer(Grid.of(None if keys is not None else scores, specs[0]),
+                                                  Grid.of(None if values is not None else context, specs[1]), **options))
+            elif kind in WITHOUT:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
-            elif kind in KEPT_WHOLE + WINDOWED:
-                grids = [Grid(spec) if given is not None else Grid.of(product, spec) for spec, given, product in
-                         zip(wanted, (keys, values), products.get(index, (None, None)))]
-                layers.append(QuantizedCacheLayer(*grids, **options))
             else:
-                raise UnsupportedError(f"layer {index} of {type(model).__name__} is of type {kind!r}, whose cache holds "
+                raise UnsupportedError(f"layer {index} of {type(model).__name__} is of type {kind!r}, whose cache has "
                                        f"more than keys and values; quantized are {', '.join(KEPT_WHOLE + WINDOWED)}")
         super(DynamicCache, self).__init__(layers=layers)
 
@@ -376,6 +387,9 @@ class QuantizedCache(DynamicCache):
 
 class QuantizedCachePair(EncoderDecoderCache):
     """The cache of a decoder's own attention, and that of its attention to the encoder."""
+
+    self_attention_cache: QuantizedCache
+    cross_attention_cache: QuantizedCache
 
     @property
     def nbytes(self) -> int:
