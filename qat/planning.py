@@ -192,7 +192,7 @@ class Planner:
                 because = f" ({refused[rule]})" if rule in refused else ""
                 if rule.type in FUNCTIONS and not because:
                     because = (f" (no qat.{rule.type} of that name, and no such function in a forward that can be "
-                                  f"traced: write a qat.{rule.type} into the model; attention of transformers is found "
+                               f"traced: write a qat.{rule.type} into the model; attention of transformers is found "
                                "with example_inputs)")
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")

@@ -93,13 +93,13 @@ class AttentionProduct(QuantizedMatMul):
     def make_right_quantizer(self, spec: TensorSpec) -> Quantizer:
         return make_quantizer(spec)
 
-    def scores(self, q: Any, k: Any, factor: float) -> Tensor:
-        """``q @ k^T * factor`` in float32: q (..., L, head_dim), k (..., S, head_dim) to (..., L, S)."""
+    def scores(self, q: Any, k: Any, factor: float, dtype: torch.dtype) -> Tensor:
+        """``q @ k^T * factor`` in ``dtype``: q (..., L, head_dim), k (..., S, head_dim) to (..., L, S)."""
         if self.calibrating or self.plan.input is None:
             left, right = self.float_operand(q, self.input_quantizer), self.float_operand(k, self.right_quantizer)
-            return (left @ right.transpose(-1, -2)).float() * factor
+            return (left @ right.transpose(-1, -2)).to(dtype) * factor
         codes = ste.transposed(k) if isinstance(k, QuantizedTensor) else self.right(k.transpose(-1, -2))
-        return self.multiply(self.left(q), codes, factor, torch.float32)
+        return self.multiply(self.left(q), codes, factor, dtype)
 
 
 class Scores(AttentionProduct):
@@ -125,7 +125,7 @@ class Scores(AttentionProduct):
         return self.owner.float_dtype
 
     def forward(self, q: Any, k: Any) -> Tensor:
-        return self.scores(q, k, 1.0 / math.sqrt(q.shape[-1]))
+        return self.scores(q, k, 1.0 / math.sqrt(q.shape[-1]), torch.float32)
 
 
 class Context(Scores):

@@ -60,7 +60,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
 class AttentionScores(MatMul):
-    """``q @ k^T * factor`` in float32: q (N, heads, L, head_dim), k (N, heads, S, head_dim) to (N, heads, L, S).
+    """``q @ k^T * factor``: q (N, heads, L, head_dim), k (N, heads, S, head_dim) to (N, heads, L, S).
 
     Args:
         heads: heads of the keys.
@@ -71,12 +71,13 @@ class AttentionScores(MatMul):
         super().__init__()
         self.heads, self.width = heads, width
 
-    def forward(self, q: Tensor, k: Tensor, factor: float = 1.0) -> Tensor:
-        return (q @ k.transpose(-1, -2)).float() * factor
+    def forward(self, q: Tensor, k: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (q @ k.transpose(-1, -2)).to(dtype or q.dtype) * factor
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        connect()                       # a pickled model may arrive in a process that has not prepared any
+        if "transformers" in sys.modules:       # a pickled model may arrive in a process that has not prepared any
+            connect()
 
 
 class AttentionContext(MatMul):
@@ -110,8 +111,8 @@ class QuantizedAttentionScores(AttentionProduct, AttentionScores):
         assert self.right_quantizer is not None
         return self.right_quantizer.quantize(k)
 
-    def forward(self, q: Any, k: Any, factor: float = 1.0) -> Tensor:
-        return self.scores(q, k, factor)
+    def forward(self, q: Any, k: Any, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return self.scores(q, k, factor, dtype or q.dtype)
 
 
 @register
@@ -215,7 +216,7 @@ def attend(scores: Any, context: Any, query: Tensor, key: Tensor, value: Tensor,
                                f"{groups} heads of keys evenly")
     k: Any = (carried(key) or scores.codes_of(key)) if _on_integers(scores) else key
     rows = query.reshape(query.shape[0], groups, -1, query.shape[3])
-    raw = scores(rows, k, how.scaling)
+    raw = scores(rows, k, how.scaling, torch.float32)
     raw = how.scores(raw.reshape(raw.shape[0], heads, length, raw.shape[-1]))
     sink = None if how.sink is None else how.sink.float().reshape(1, -1, 1, 1)
     if not _on_integers(context):

@@ -354,8 +354,9 @@ class QuantizedCache(DynamicCache):
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)))):
             if kind in KEPT_WHOLE + WINDOWED:
                 scores, context = products.get(index, (None, None))
-                layers.append(QuantizedCacheLayer(Grid.of(None if keys is not None else scores, specs[0]),
-                                                  Grid.of(None if values is not None else context, specs[1]), **options))
+                grids = (Grid.of(scores if keys is None else None, specs[0]),
+                         Grid.of(context if values is None else None, specs[1]))
+                layers.append(QuantizedCacheLayer(*grids, **options))
             elif kind in WITHOUT:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
             else:
