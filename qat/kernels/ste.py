@@ -537,7 +537,8 @@ def _exponentials(scores: Tensor, spec: TensorSpec, worth: Tensor | None,
         step = weighted.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros((*scores.shape[:-1], 1))
         step = step.div_(spec.fmt.hi).clamp_(min=affine.TINY)
         codes = affine.quantize(weighted, step, None, spec)
-        total = (codes * worth.reciprocal()).sum(-1, keepdim=True)
+        # in float64 the order of the sum does not show: a query has the same sum beside later, masked keys or without
+        total = (codes * worth.reciprocal()).sum(-1, keepdim=True, dtype=torch.float64).float()
     others = total if sink is None else total + (sink - top).exp_() / step
     scale = torch.where(others > 0, others, 1.0).reciprocal_()
     return exponentials, codes, step, scale, 1.0 - total * scale

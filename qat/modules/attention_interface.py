@@ -227,7 +227,7 @@ def attend(scores: Any, context: Any, query: Tensor, key: Tensor, value: Tensor,
         return _by_query(y, heads, length), probabilities.to(query.dtype) if need_weights else None
     v = carried(value) or context.codes_of(value)
     worth = None
-    if v.scale.dim() == 4 and v.scale.shape[2] != 1:
+    if v.spec.granularity == "per_token":
         worth = v.scale
         v = ste.rearranged(v, v.codes, lambda g: g / worth, torch.ones((), device=value.device), v.zero_point)
     by_key = None if worth is None else worth.transpose(-1, -2).repeat_interleave(heads // groups, 1)
