@@ -265,10 +265,15 @@ def _forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_m
     """The attention function, as transformers calls it; ``implementation``: whose masks it is given.
 
     Raises:
-        UnsupportedError: a paged cache; sinks that are not one number for each head; masks of another kind.
+        UnsupportedError: the model's masks are for another function by now; a paged cache; sinks that are not one
+            number for each head; masks of another shape.
     """
     scores, context = products or (module.scores, module.context)
     name = getattr(scores, "name", "") or type(module).__name__
+    masks = module.config._qat_own._attn_implementation
+    if masks != implementation:
+        raise UnsupportedError(f"{name}: prepared for the masks of {implementation!r} attention, but the model was set "
+                               f"to {masks!r} since: model.set_attn_implementation({implementation!r})")
     if cache is not None:
         raise UnsupportedError(f"{name}: quantized attention has no paged cache; generate without continuous batching")
     if s_aux is not None and s_aux.numel() != query.shape[1]:
@@ -371,16 +376,16 @@ def attached(module: nn.Module) -> bool:
 def detach(module: Any) -> None:
     """Undo :func:`attach`."""
     if attached(module):
-        own = module.config._attn_implementation.removeprefix(PREFIX)
-        module.config = redirected(module.config, own)
+        module.config = module.config._qat_own
         del module.scores, module.context
 
 
 def redirected(config: Any, implementation: str) -> Any:
-    """A copy of a config, for one module, that names another attention function; what it holds is shared."""
-    config = copy.copy(config)
-    config._attn_implementation_internal = implementation
-    return config
+    """A copy of a config, for one module, that names another attention function; it remembers the model's own."""
+    changed = copy.copy(config)
+    changed._attn_implementation_internal = implementation
+    changed.__dict__["_qat_own"] = config
+    return changed
 
 
 @dataclass

@@ -100,7 +100,21 @@ def test_detaching_gives_the_float_attention_back() -> None:
     for module in list(changed.modules()):
         detach(module)
     assert set(changed.state_dict()) == set(model.state_dict())
+    assert all(m.config is changed.config for m in changed.modules() if hasattr(m, "config"))
     assert torch.equal(changed(**batch).logits, model(**batch).logits)
+
+
+def test_masks_of_another_function_are_refused() -> None:
+    """torch's attention is given no mask where it can see that it is causal; the eager one would look ahead."""
+    model, batch = hub.build("llama"), hub.text(padded=0)
+    changed = prepared(model, DYNAMIC, batch)
+    expected = changed(**batch).logits
+    changed.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedError, match=r"set_attn_implementation\('eager'\)"):
+        changed(**batch)
+    changed.set_attn_implementation("eager")
+    assert torch.equal(changed(**batch).logits, expected)
+    assert torch.equal(copy.deepcopy(changed)(**batch).logits, expected)
 
 
 def test_one_product_may_stay_float() -> None:
@@ -280,7 +294,9 @@ def test_heads_that_do_not_share_keys_evenly() -> None:
 def test_calls_that_cannot_be_answered_are_refused() -> None:
     from qat.modules.attention_interface import _forward
 
-    module: Any = SimpleNamespace(scores=AttentionScores(2, 8), context=AttentionContext(2, 8), training=False)
+    config = SimpleNamespace(_qat_own=SimpleNamespace(_attn_implementation="sdpa"))
+    module: Any = SimpleNamespace(scores=AttentionScores(2, 8), context=AttentionContext(2, 8), training=False,
+                                  config=config)
     for options, message in (({"cache": object()}, "paged"), ({"s_aux": torch.zeros(3)}, "3 attention sinks"),
                              ({"attention_mask": torch.zeros(3, 6)}, r"masks of shape")):
         with pytest.raises(UnsupportedError, match=message):

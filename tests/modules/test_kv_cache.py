@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -122,6 +123,13 @@ def test_models_that_have_no_such_cache() -> None:
     hybrid.config.layer_types = ["full_attention", "hybrid"]
     with pytest.raises(UnsupportedError, match=r"layer 1 .* 'hybrid'"):
         qat.QuantizedCache(hybrid)
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "qat.modules.kv_cache")
+    monkeypatch.setitem(sys.modules, "transformers.cache_utils", None)
+    with pytest.raises(UnsupportedError, match=r"pip install .\[llm\]"):
+        _ = qat.QuantizedCache
 
 
 def test_training_wants_no_cache() -> None:
