@@ -8,6 +8,8 @@
     qat.save(deployed, "out/")
 """
 
+from typing import Any
+
 from qat import errors
 from qat.calibration import (
     calibrate,
@@ -38,6 +40,16 @@ from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
+
+
+def __getattr__(name: str) -> Any:
+    """``QuantizedCache`` needs transformers, so it is imported when it is asked for."""
+    if name == "QuantizedCache":
+        from qat.modules.kv_cache import QuantizedCache
+
+        return QuantizedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
            "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state",

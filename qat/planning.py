@@ -21,7 +21,7 @@ from qat.numerics.formats import TensorSpec
 from qat.recipe import PLACING, Recipe, Rule
 from qat.tracing import Call, Key, Trace
 
-FUNCTIONS = ("Add", "Concat", "MatMul")
+FUNCTIONS = ("Add", "Concat", "MatMul", "AttentionScores", "AttentionContext")
 """Kinds whose operands are quantized one by one, whether they come as codes or not."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 OPAQUE = "a floating point nn.MultiheadAttention reads the raw weights of its children"
@@ -43,6 +43,7 @@ class Plan:
         kept: module or parameter name -> why it stays float.
         backward_dtype: see :class:`~qat.recipe.Recipe`.
         traced: module name -> its new children, with their kinds, for functions that its forward called.
+        attention: attention module of transformers that calls our function -> heads and channels of keys and values.
     """
 
     layers: dict[str, LayerPlan] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Plan:
     kept: dict[str, str] = field(default_factory=dict)
     backward_dtype: str = "auto"
     traced: dict[str, dict[str, str]] = field(default_factory=dict)
+    attention: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def structured(self) -> bool:
@@ -63,7 +65,8 @@ class Plan:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
                 "absorbed": list(self.absorbed), "movers": list(self.movers), "batch_norms": list(self.batch_norms),
                 "kept": dict(self.kept), "backward_dtype": self.backward_dtype,
-                "traced": {n: dict(made) for n, made in self.traced.items()}}
+                "traced": {n: dict(made) for n, made in self.traced.items()},
+                "attention": {n: dict(sizes) for n, sizes in self.attention.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -190,7 +193,8 @@ class Planner:
                 because = f" ({refused[rule]})" if rule in refused else ""
                 if rule.type in FUNCTIONS and not because:
                     because = (f" (no qat.{rule.type} of that name, and no such function in a forward that can be "
-                               f"traced: write a qat.{rule.type} into the model)")
+                               f"traced: write a qat.{rule.type} into the model; attention of transformers is found "
+                               "with example_inputs)")
                 raise RecipeError(f"{rule} matches nothing{because}; modules are "
                                   f"{', '.join(n for n in list(self.modules)[:12] if n)}...")
 
@@ -228,8 +232,9 @@ class Planner:
             source = source.for_activation()
             if source.granularity == "per_token" and "Conv" in quantized.replaces.__name__:
                 source = source.replace(granularity="per_sample")
+        output = rule.output if quantized.takes_output_spec else None
         return LayerPlan(quantized.replaces.__name__, None if weight is None else weight.for_weight(), source,
-                         None if rule.output is None else rule.output.for_activation())
+                         None if output is None else output.for_activation())
 
     def composite(self, name: str, quantized: type[Composite], rule: Rule,
                   parts: Mapping[str, Rule | None]) -> LayerPlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from qat.errors import PrepareError, RecipeError
+from qat.modules import attention_interface
 from qat.modules.adapted import Adapted
 from qat.modules.attention import step_by_step
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
-from qat.modules.functional import take_codes
+from qat.modules.functional import MatMul, take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat, keep_in
 from qat.modules.traced import KINDS, Traced, replace_functions, restore
@@ -95,13 +96,15 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
             raise PrepareError(f"this model cannot be copied ({error}); give inplace=True, or use the weight norm of "
                                "nn.utils.parametrizations") from None
     traced = _functions_to_modules(model, recipe, example_inputs)
+    attention, kept = _attention_to_modules(model, recipe, example_inputs)
     trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
     plan = Planner(model, recipe, trace).plan()
     if example_inputs is not None and plan.structured and not _same_function(model, plan, example_inputs):
         warnings.warn("this model reads values between layers in ways that tracing does not see, so no batch norm is "
                       "folded, no ReLU absorbed and no codes are passed on", stacklevel=2)
         plan = Planner(model, recipe, None).plan()
-    plan.traced = traced
+    plan.traced, plan.attention = traced, attention
+    plan.kept.update(kept)
     model = carry_out(model, plan)
     functions = None
     if trace is not None and trace.executed:
@@ -164,17 +167,11 @@ def _functions_to_modules(model: nn.Module, recipe: Recipe, inputs: Any) -> dict
     kinds = {r.type for r in recipe.rules if r.type in KINDS and r.keep is None}
     if not kinds:
         return {}
-
-    def results() -> list[torch.Tensor]:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            return [t.clone() for t in leaves(run(model, inputs)) if isinstance(t, torch.Tensor)]
-
-    before = results() if inputs is not None else []
+    before = _results(model, inputs) if inputs is not None else []
     traced = {n: made for n, m in list(model.named_modules()) if (made := replace_functions(m, kinds))}
     if traced and inputs is not None:
         try:
-            after = results()
+            after = _results(model, inputs)
             same = len(after) == len(before) and all(map(_equal, before, after))
         except Exception:  # a trace that does not run is a wrong one
             same = False
@@ -183,6 +180,55 @@ def _functions_to_modules(model: nn.Module, recipe: Recipe, inputs: Any) -> dict
                 restore(model.get_submodule(name))
             traced = {}
     return traced
+
+
+def _results(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """The tensors that the model returns in eval; its random numbers are always the same."""
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [t.clone() for t in leaves(run(model, inputs)) if isinstance(t, torch.Tensor)]
+
+
+def _attention_to_modules(model: nn.Module, recipe: Recipe,
+                          inputs: Any) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Give the attention modules of transformers whose products a rule quantizes modules for them.
+
+    Returns:
+        Those modules with what :func:`~qat.modules.attention_interface.attach` needs; and the products (by the names
+        that they would have) that a rule asks for but that stay float, with the reason.
+    """
+    wanted = [n for n in attention_interface.callers(model) if any(_asks(recipe, n, c) for c in
+                                                                    attention_interface.CHILDREN)]
+    if not wanted:
+        return {}, {}
+    if inputs is None:
+        reason = "whether its attention has the usual formula is seen on example inputs: give them to prepare"
+        return {}, dict.fromkeys(_products(wanted), reason)
+    before, failure = _results(model, inputs), ""
+    try:
+        with attention_interface.watching(model) as seen:
+            after = _results(model, inputs)
+        if len(before) != len(after) or not all(map(_equal, before, after)):
+            failure = "the model computes something else when its attention goes through another function"
+    except Exception as error:  # whatever a model does that finds an attention function it does not know
+        failure = f"the model does not run with another attention function: {error}"
+    reasons = {n: failure or (seen[n].reason if n in seen else "it did not run on the example inputs") for n in wanted}
+    attention = {n: seen[n].sizes for n in wanted if not reasons[n]}
+    for name, sizes in attention.items():
+        attention_interface.attach(model.get_submodule(name), **sizes)
+    return attention, {p: reason for n, reason in reasons.items() if reason for p in _products([n])}
+
+
+def _products(names: Iterable[str]) -> list[str]:
+    """The names of the products of attention modules."""
+    return [f"{n}.{c}" if n else c for n in names for c in attention_interface.CHILDREN]
+
+
+def _asks(recipe: Recipe, name: str, child: str) -> bool:
+    """Whether the recipe quantizes this product of an attention module."""
+    kinds = (f"Attention{child.capitalize()}", "MatMul")
+    rule = next((r for r in recipe.rules if r.matches(f"{name}.{child}" if name else child, kinds)), None)
+    return rule is not None and rule.input is not None
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -239,6 +285,10 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         owner = dict(model.named_modules()).get(name)
         if owner is not None and not isinstance(owner, Traced) and replace_functions(owner, set(made.values())) != made:
             raise PrepareError(f"{name}: its forward no longer calls the functions that the plan made modules of")
+    for name, sizes in plan.attention.items():
+        attention = dict(model.named_modules()).get(name)
+        if attention is not None and not attention_interface.attached(attention):
+            attention_interface.attach(attention, **sizes)
     modules = dict(model.named_modules())
     for name, layer in plan.layers.items():
         if name not in modules:
@@ -382,6 +432,9 @@ def coverage(model: nn.Module) -> Coverage:
             rows.append(Row(name, type(module).__name__, "quantized", "in parts", "in parts", 0, 0,
                             f"read by {held[id(module)]}"))
             continue
+        if isinstance(module, MatMul):
+            rows.append(Row(name, type(module).__name__, "kept", "", "", 0, state.macs.get(name, 0),
+                            state.plan.kept.get(name, "no rule matches")))
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
         seen.update(id(p) for p in own.values())
         if any(p is not None for p in module._parameters.values()):
@@ -396,8 +449,12 @@ def coverage(model: nn.Module) -> Coverage:
                             state.macs.get(name, 0), reason))
     for call in state.functions or ():
         used = f" of {', '.join(call.parameters)}" if call.parameters else ""
+        remedy = REMEDIES.get(str(call.function), "")
+        product = f"{call.owner}.scores" if call.owner else "scores"
+        if remedy and product in state.plan.kept:
+            remedy = f"; {state.plan.kept[product]}"
         rows.append(Row(f"{call.owner or 'model'}: {call.function}", "function", "kept", "", "", 0, call.macs,
-                        f"called as a function{used}: no module to swap{REMEDIES.get(str(call.function), '')}"))
+                        f"called as a function{used}: no module to swap{remedy}"))
     if state.functions is None:
         rows.append(Row("(function calls)", "function", "unobserved", "", "", 0, 0,
                         "seen when the model runs: give prepare example_inputs, or calibrate"))

@@ -145,9 +145,10 @@ class _Recorder(TorchFunctionMode):
         name = PRODUCTS.get(func)
         used = [self.names[id(t)] for t in pytree.tree_leaves((args, kwargs)) if id(t) in self.names]
         first = next((t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)), None)
+        macs = _function_macs(name, (*args, *kwargs.values()), first) if name else 0
         self.trace.calls.append(Call(
             None, name or f"~{getattr(func, '__name__', func)}", self.stack[-1], inputs, outputs,
-            0 if first is None else first.dim(), _function_macs(name, args, first) if name else 0, used))
+            0 if first is None else first.dim(), macs, used))
         return result
 
 
@@ -299,6 +300,8 @@ def _module_macs(module: nn.Module, args: Any, kwargs: Any, first: Any) -> int:
         return math.prod(first.shape) // width * used
     if isinstance(module, nn.Linear):
         return math.prod(first.shape) * module.in_features
+    if getattr(module, "is_product", False):                # of two activations: sums along the rows of the first
+        return math.prod(first.shape) * args[0].shape[-1]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         taken = next((t for t in pytree.tree_leaves(args) if isinstance(t, Tensor | QuantizedTensor)), None)
         each = module.out_channels // module.groups * math.prod(module.kernel_size)

@@ -488,7 +488,8 @@ def _other_operand(g: Tensor, scale: Tensor, dtype: torch.dtype, multiply: Calla
     return multiply(g.to(dtype)).float().mul_(scale)
 
 
-def softmax(scores: Tensor, spec: TensorSpec, backward_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+def softmax(scores: Tensor, spec: TensorSpec, backward_dtype: torch.dtype = torch.float32,
+            worth: Tensor | None = None, sink: Tensor | None = None) -> QuantizedTensor:
     """``softmax(scores)`` over the last dimension as unsigned codes with zero point 0, whose values add up to one.
 
         codes = round(exp(score - greatest) * hi)         in [0, 1] by nature: a range that needs no data
@@ -498,45 +499,70 @@ def softmax(scores: Tensor, spec: TensorSpec, backward_dtype: torch.dtype = torc
     attention: probabilities themselves would all round to zero where more than twice ``hi`` keys share it evenly. A
     row in which everything is masked (``-inf``) is all zeros.
 
+    Where each key's values have a scale of their own, that scale cannot be taken out of the sum over keys that follows;
+    but it is positive, so it goes into the left operand, whose rows have a scale each:
+
+        codes = round(exp(score - greatest) * worth / m * hi)      m: the greatest of a row
+        value = probability * worth                                probabilities still add up to one
+
     Args:
         scores: (..., queries, keys), float32; may hold ``-inf``.
         spec: an unsigned format.
         backward_dtype: the type in which the exponentials are kept for the backward.
+        worth: the scale of each key's values, float32, positive, broadcasts against (..., 1, keys).
+        sink: a score that takes its share of the attention and has no value (learned sinks), float32, broadcasts
+            against (..., queries, 1).
 
     The gradient is the softmax's, with the probabilities that were used: ``e / sum * (g - sum(g * probabilities))``.
     """
-    if torch.is_grad_enabled() and scores.requires_grad:
-        carrier, codes, scale = _Softmax.apply(scores, spec, backward_dtype)
+    if torch.is_grad_enabled() and (scores.requires_grad or (sink is not None and sink.requires_grad)):
+        carrier, codes, scale = _Softmax.apply(scores, sink, worth, spec, backward_dtype)
     else:
-        carrier, (_, codes, scale) = None, _exponentials(scores, spec)
+        carrier, (_, codes, _, scale, _) = None, _exponentials(scores, spec, worth, sink)
     return QuantizedTensor(codes, scale, None, spec, carrier)
 
 
-def _exponentials(scores: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """``exp(score - greatest)``, its codes, and one over the sum of each row's codes."""
+def _exponentials(scores: Tensor, spec: TensorSpec, worth: Tensor | None,
+                  sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``exp(score - greatest)``; its codes; the step of their grid; their scale; what is left for the sink."""
     lowest = torch.finfo(scores.dtype).min
     top = scores.amax(-1, keepdim=True).clamp(min=lowest) if scores.shape[-1] else scores.new_zeros(())
     exponentials = (scores - top).exp_()
-    step = torch.full((), 1.0 / spec.fmt.hi, device=scores.device)
-    codes = affine.quantize(exponentials, step, None, spec.replace(granularity="per_tensor", dynamic=False))
-    return exponentials, codes, codes.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1).float().reciprocal_()
+    if worth is None:
+        step = torch.full((), 1.0 / spec.fmt.hi, device=scores.device)
+        codes = affine.quantize(exponentials, step, None, spec.replace(granularity="per_tensor", dynamic=False))
+        total = codes.sum(-1, keepdim=True, dtype=torch.int32).float()
+    else:
+        weighted = exponentials * worth
+        step = weighted.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros((*scores.shape[:-1], 1))
+        step = step.div_(spec.fmt.hi).clamp_(min=affine.TINY)
+        codes = affine.quantize(weighted, step, None, spec)
+        # in float64 the order of the sum does not show: a query has the same sum beside later, masked keys or without
+        total = (codes * worth.reciprocal()).sum(-1, keepdim=True, dtype=torch.float64).float()
+    others = total if sink is None else total + (sink - top).exp_() / step
+    scale = torch.where(others > 0, others, 1.0).reciprocal_()
+    return exponentials, codes, step, scale, 1.0 - total * scale
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, spec, backward_dtype):
-        exponentials, codes, scale = _exponentials(scores, spec)
-        ctx.hi = spec.fmt.hi
-        ctx.save_for_backward(exponentials.to(backward_dtype), codes, scale)
+    def forward(ctx, scores, sink, worth, spec, backward_dtype):
+        exponentials, codes, step, scale, left = _exponentials(scores, spec, worth, sink)
+        ctx.sink = None if sink is None else sink.shape
+        ctx.save_for_backward(exponentials.to(backward_dtype), codes, scale, scale / step, left, worth)
         ctx.mark_non_differentiable(codes, scale)
         return _ghost(scores), codes, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
-        exponentials, codes, scale = ctx.saved_tensors
+        exponentials, codes, scale, share, left, worth = ctx.saved_tensors
         mean = (g * codes).sum(-1, keepdim=True).mul_(scale)
-        return (g - mean).mul_(exponentials).mul_(scale * ctx.hi), None, None
+        g_sink = (mean * -left).sum_to_size(ctx.sink) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, g_sink, None, None, None
+        g = g if worth is None else g * worth
+        return (g - mean).mul_(exponentials).mul_(share), g_sink, None, None, None
 
 
 def dropout(x: QuantizedTensor, rate: float) -> QuantizedTensor:

@@ -53,7 +53,56 @@ def probability_spec(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(f"uint{spec.bits}", "per_token", symmetric=True, dynamic=True)
 
 
-class Scores(QuantizedMatMul):
+def value_quantizer(spec: TensorSpec, channels: int) -> Quantizer:
+    """The quantizer of values (..., tokens, channels), which the product sums over the tokens.
+
+    A static range has a scale for each channel, in the shape (channels,); a dynamic one what ``spec`` says.
+    """
+    if spec.dynamic:
+        return make_quantizer(spec)
+    observer = "minmax" if spec.observer in SINGLE_SCALE_OBSERVERS else spec.observer
+    learned = "lsq" if spec.learned == "rsign" else spec.learned
+    spec = spec.replace(granularity="per_column", observer=observer, learned=learned)
+    return make_quantizer(spec, torch.Size((1, channels)))
+
+
+def by_heads(values: QuantizedTensor, heads: int) -> QuantizedTensor:
+    """Codes (N, S, channels) with a scale for each channel as (N, heads, S, channels // heads)."""
+    shape = (heads, 1, values.shape[-1] // heads)
+    point = values.zero_point
+    return ste.rearranged(values, split_heads(values.codes, heads), lambda g: g.transpose(1, 2).flatten(2),
+                          values.scale.reshape(shape), point.reshape(shape) if isinstance(point, Tensor) else point)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(N, S, channels) to (N, heads, S, channels // heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class AttentionProduct(QuantizedMatMul):
+    """A product of attention: two operands of either sign, in floating point or on integers."""
+
+    takes_output_spec: ClassVar[bool] = False       # softmax and masks come behind, in floating point
+
+    def make_activation_quantizers(self) -> None:
+        spec = None if self.plan.input is None else signed(self.plan.input)
+        self.output_quantizer = None
+        self.input_quantizer = None if spec is None else make_quantizer(spec)
+        self.right_quantizer = None if spec is None else self.make_right_quantizer(spec)
+
+    def make_right_quantizer(self, spec: TensorSpec) -> Quantizer:
+        return make_quantizer(spec)
+
+    def scores(self, q: Any, k: Any, factor: float, dtype: torch.dtype) -> Tensor:
+        """``q @ k^T * factor`` in ``dtype``: q (..., L, head_dim), k (..., S, head_dim) to (..., L, S)."""
+        if self.calibrating or self.plan.input is None:
+            left, right = self.float_operand(q, self.input_quantizer), self.float_operand(k, self.right_quantizer)
+            return (left @ right.transpose(-1, -2)).to(dtype) * factor
+        codes = ste.transposed(k) if isinstance(k, QuantizedTensor) else self.right(k.transpose(-1, -2))
+        return self.multiply(self.left(q), codes, factor, dtype)
+
+
+class Scores(AttentionProduct):
     """``q @ k^T / sqrt(head_dim)`` in float32: q (N, H, L, head_dim), k (N, H, S, head_dim) to (N, H, L, S)."""
 
     _owner: list[nn.Module]
@@ -75,21 +124,8 @@ class Scores(QuantizedMatMul):
     def initial_dtype(self) -> torch.dtype:
         return self.owner.float_dtype
 
-    def make_activation_quantizers(self) -> None:
-        spec = None if self.plan.input is None else signed(self.plan.input)
-        self.output_quantizer = None
-        self.input_quantizer = None if spec is None else make_quantizer(spec)
-        self.right_quantizer = None if spec is None else self.make_right_quantizer(spec)
-
-    def make_right_quantizer(self, spec: TensorSpec) -> Quantizer:
-        return make_quantizer(spec)
-
     def forward(self, q: Any, k: Any) -> Tensor:
-        factor = 1.0 / math.sqrt(q.shape[-1])
-        if self.calibrating or self.plan.input is None:
-            left, right = self.float_operand(q, self.input_quantizer), self.float_operand(k, self.right_quantizer)
-            return (left @ right.transpose(-1, -2)).float() * factor
-        return self.multiply(self.left(q), self.right(k.transpose(-1, -2)), factor, torch.float32)
+        return self.scores(q, k, 1.0 / math.sqrt(q.shape[-1]), torch.float32)
 
 
 class Context(Scores):
@@ -100,13 +136,7 @@ class Context(Scores):
         self.input_quantizer = None     # the probabilities arrive as codes
 
     def make_right_quantizer(self, spec: TensorSpec) -> Quantizer:
-        if spec.dynamic:
-            return make_quantizer(spec)
-        observer = "minmax" if spec.observer in SINGLE_SCALE_OBSERVERS else spec.observer
-        channels = self.owner.embed_dim
-        learned = "lsq" if spec.learned == "rsign" else spec.learned
-        spec = spec.replace(granularity="per_column", observer=observer, learned=learned)
-        return make_quantizer(spec, torch.Size((1, channels)))
+        return value_quantizer(spec, self.owner.embed_dim)
 
     def forward(self, probabilities: Any, v: Any) -> Tensor:
         if not isinstance(probabilities, QuantizedTensor):
@@ -118,18 +148,14 @@ class Context(Scores):
 
     def split(self, x: Tensor) -> Tensor:
         """(N, S, embed_dim) to (N, H, S, head_dim)."""
-        return x.unflatten(-1, (self.owner.num_heads, self.owner.head_dim)).transpose(1, 2)
+        return split_heads(x, self.owner.num_heads)
 
     def values(self, v: Tensor) -> QuantizedTensor:
         """The codes of the values, (N, H, S, head_dim), with one scale for each channel."""
         assert self.right_quantizer is not None
         if self.right_quantizer.spec.dynamic:
             return self.right(self.split(v))
-        codes = self.right_quantizer.quantize(v)
-        heads = (self.owner.num_heads, 1, self.owner.head_dim)
-        point = codes.zero_point
-        return ste.rearranged(codes, self.split(codes.codes), lambda g: g.transpose(1, 2).flatten(2),
-                              codes.scale.reshape(heads), point.reshape(heads) if isinstance(point, Tensor) else point)
+        return by_heads(self.right_quantizer.quantize(v), self.owner.num_heads)
 
 
 @register
@@ -283,11 +309,15 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):
             codes = ste.softmax(scores, probability_spec(self.context.plan.input), self.context.backward_type(v))
             codes = ste.dropout(codes, rate) if rate else codes
             return self.context(codes, v), codes
-        top = torch.finfo(scores.dtype).min
-        hidden = (scores == -torch.inf).all(-1, keepdim=True)
-        values = scores.masked_fill(hidden, top).softmax(-1).masked_fill(hidden, 0.0)
+        values = float_softmax(scores)
         values = F.dropout(values, rate) if rate else values
         return self.context(values, v), values
+
+
+def float_softmax(scores: Tensor) -> Tensor:
+    """The softmax over the last dimension; zeros where everything is masked (``-inf``)."""
+    hidden = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ class QuantizedModule(nn.Module):
 
     replaces: ClassVar[type[nn.Module]]
     takes_input_spec: ClassVar[bool] = True
+    takes_output_spec: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ("input", "output")
     """Which activations have quantizers: ``<role>_quantizer``."""
 

@@ -37,6 +37,8 @@ class MatMul(nn.Module):
     Shapes as for ``torch.matmul``: a (..., m, k) or (k,), b (..., k, n) or (k,), leading dimensions broadcast.
     """
 
+    is_product = True
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import qat
 from qat.deploy.convert import freeze
+from qat.modules.attention_interface import AttentionContext, AttentionScores
 from qat.modules.base import REGISTRY, QuantizedModule
 from qat.modules.composite import Composite
 from qat.numerics import packing
@@ -50,6 +51,9 @@ CASES: dict[type[nn.Module], Case] = {
     nn.GRUCell: Case(lambda: nn.GRUCell(6, 4), lambda: (torch.randn(3, 6), torch.randn(3, 4))),
     nn.MultiheadAttention: Case(lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
                                 lambda: (torch.randn(3, 4, 8), torch.randn(3, 5, 8), torch.randn(3, 5, 8))),
+    AttentionScores: Case(lambda: AttentionScores(2, 8), lambda: (torch.randn(3, 2, 5, 4), torch.randn(3, 2, 6, 4))),
+    AttentionContext: Case(lambda: AttentionContext(2, 8),
+                           lambda: (torch.randn(3, 2, 5, 6).softmax(-1), torch.randn(3, 6, 8))),
     nn.RNNCell: Case(lambda: nn.RNNCell(6, 4), lambda: (torch.randn(3, 6), torch.randn(3, 4))),
 }
 
@@ -92,7 +96,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class TestContract:
     def recipe(self, kind: type[nn.Module], scheme: str) -> dict[str, Any]:
         rule = {"match": {"type": kind.__name__}, **RECIPES[scheme]}
-        if scheme == "weight only" and kind in (qat.Add, qat.Concat, qat.MatMul):
+        if scheme == "weight only" and issubclass(kind, qat.Add | qat.Concat | qat.MatMul):
             rule["input"] = "int8"                  # they have no weight
         return {"rules": [rule]}
 
