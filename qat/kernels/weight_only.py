@@ -85,9 +85,9 @@ class FewRows:
         spec = w.spec
         scale = w.scale * spec.fmt.unit if spec.fmt.unit != 1.0 else w.scale
         zero_point = w.zero_point
-        self.run = spec.group_size if spec.granularity == "per_group" else RUN
+        self.grouped = spec.group_size is not None
+        self.run = spec.group_size or RUN
         self.columns = Columns(spec.fmt.levels(w.codes))
-        self.grouped = spec.granularity == "per_group"
         self.scale = scale.t().contiguous() if self.grouped else scale
         self.offset = zero_point.float() if isinstance(zero_point, Tensor) else float(zero_point or 0)
         if self.grouped and isinstance(self.offset, Tensor):
