@@ -103,7 +103,8 @@ class Decoder:
 
 def float_pieces(shape: Shape) -> list[nn.Module]:
     with torch.no_grad():
-        return [nn.Sequential(nn.Embedding(shape.vocabulary, shape.hidden)), *(Block(shape) for _ in range(shape.layers)),
+        return [nn.Sequential(nn.Embedding(shape.vocabulary, shape.hidden)),
+                *(Block(shape) for _ in range(shape.layers)),
                 nn.Sequential(nn.RMSNorm(shape.hidden), nn.Linear(shape.hidden, shape.vocabulary, bias=False))]
 
 

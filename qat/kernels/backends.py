@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.kernels.columns import RUN, Columns
+from qat.kernels.columns import RUN, Columns, added_up
 from qat.kernels.contract import Activation, Geometry, Weight, check_int32, matmul_bound
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -406,8 +406,12 @@ class ColumnSums(Backend):
 
     def of_levels(self, levels: Tensor, bound: int, w: Weight) -> Tensor:
         """The accumulators of levels in float32; float64 where their sum may reach 2**24."""
-        parts = self.columns(w).sums(levels)
-        return parts.sum(1, dtype=torch.float32 if w.inputs * bound * w.bound < 2**24 else torch.float64)
+        dtype = torch.float32 if w.inputs * bound * w.bound < 2**24 else torch.float64
+        return self.columns(w).sums(levels, lambda sums, part: sums.sum(1, dtype=dtype))
+
+    def grouped(self, levels: Tensor, w: Weight, multiplier: Tensor, size: int) -> Tensor:
+        """The accumulators of each group of ``size`` inputs times ``multiplier`` (groups, out), added up in float32."""
+        return self.columns(w).sums(levels, lambda sums, part: added_up(sums.mul_(multiplier[:, part])), size)
 
 
 class FewCalls:
@@ -476,7 +480,7 @@ class FewNarrowCalls(FewCalls):
     def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None, scale: Tensor | None,
                  zero_point: int = 0, group_size: int | None = None) -> None:
         self.spec, self.scale, self.bias, self.weight = spec, scale, bias, w
-        self.zero_point, self.group_size, self.table = float(zero_point), group_size, COLUMNS.columns(w)
+        self.zero_point, self.group_size = float(zero_point), group_size
         self.bound = spec.fmt.hi - spec.fmt.lo
         if group_size is not None:
             self.multiplier = multiplier_w.t().contiguous()
@@ -495,7 +499,7 @@ class FewNarrowCalls(FewCalls):
         scale = affine.symmetric_scale(row, self.spec) if self.scale is None else self.scale
         levels = affine.quantize_to_levels(row, scale, self.zero_point, self.spec)
         if self.group_size is not None:
-            y = self.table.sums(levels, self.group_size).mul_(self.multiplier).sum(1).mul_(scale)
+            y = COLUMNS.grouped(levels, self.weight, self.multiplier, self.group_size).mul_(scale)
         else:
             y = COLUMNS.of_levels(levels, self.bound, self.weight).float().mul_(self.multiplier)
             if self.scale is None:

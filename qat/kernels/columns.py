@@ -13,28 +13,36 @@ Where x holds integers and no partial sum reaches 2**24, float32 is exact and th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RUN = 1024
-"""Inputs in a run where the caller asks for no size: a piece of work for a thread, and sums that stay exact."""
+"""Inputs in a run where the caller asks for no size: short enough for sums of integers to stay exact."""
 
-ALONE = 1 << 20
-"""Multiply-accumulates up to which one thread is faster than two: handing work over takes 20 to 50 microseconds."""
+SHARE = 1 << 20
+"""Weights that are worth a thread of their own: handing work over takes 20 to 50 microseconds."""
+
+SERIAL = 1 << 15
+"""Values that torch's elementwise operations work on without asking for threads of their own."""
+
+Reduce = Callable[[Tensor, slice], Tensor]
 
 
 class Columns:
-    """Integers (out, in) of a small range, by input.
+    """Integers (out, in) of a small range, by input, cut into one table for each thread along ``out``.
 
     Args:
         integers: (out, in), of a type of up to 16 bits, with ``max - min`` up to 255 (510 if all are odd).
 
     Attributes:
-        table: uint8 (in, bytes of a column + scale and offset, which FBGEMM wants in each row).
+        tables: uint8 (in, bytes of its part of a column + scale and offset, which FBGEMM wants in each row).
+        ranges: which outputs each table holds.
         width: bits of an integer: 2, 4 or 8.
     """
 
@@ -43,18 +51,26 @@ class Columns:
         low, high = (int(v) for v in integers.aminmax())
         step = 2 if bool((integers & 1).all()) else 1       # mid-rise and sign grids are odd
         self.width = next(w for w in (2, 4, 8) if (high - low) // step < 1 << w)
+        end = torch.tensor([step, low], dtype=torch.float32 if self.width == 8 else torch.float16).view(torch.uint8)
+        threads = max(1, min(torch.get_num_threads(), integers.numel() // SHARE))
+        size = -(-self.out // threads)
+        size += -size % 64                                  # whole vectors
+        self.ranges = [slice(start, min(self.out, start + size)) for start in range(0, self.out, size)]
+        self.tables = [self._table(integers[part], low, step, end) for part in self.ranges]
+
+    def _table(self, integers: Tensor, low: int, step: int, end: Tensor) -> Tensor:
         each = 8 // self.width
         fields = integers.t().to(torch.int16, memory_format=torch.contiguous_format).sub_(low)
         if step == 2:
             fields >>= 1
-        fields = torch.nn.functional.pad(fields.to(torch.uint8), (0, -self.out % each)).view(self.inputs, -1, each)
-        end = torch.tensor([step, low], dtype=torch.float32 if self.width == 8 else torch.float16).view(torch.uint8)
-        self.table = torch.empty(self.inputs, fields.shape[1] + len(end), dtype=torch.uint8)
-        body = self.table[:, : fields.shape[1]]
+        fields = F.pad(fields.to(torch.uint8), (0, -fields.shape[1] % each)).view(self.inputs, -1, each)
+        table = torch.empty(self.inputs, fields.shape[1] + len(end), dtype=torch.uint8)
+        body = table[:, : fields.shape[1]]
         body.copy_(fields[..., 0])
         for i in range(1, each):
             body |= fields[..., i] << (i * self.width)
-        self.table[:, fields.shape[1] :] = end
+        table[:, fields.shape[1] :] = end
+        return table
 
     @staticmethod
     @cache
@@ -63,30 +79,48 @@ class Columns:
         return ("fbgemm" in torch.backends.quantized.supported_engines
                 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
 
-    def sums(self, x: Tensor, run: int = RUN) -> Tensor:
-        """float32 (rows, runs, out) of ``x`` float32 (rows, in); the last run may be shorter."""
-        rows = x.shape[0]
-        runs = -(-self.inputs // run)
-        indices, offsets = _bags(rows, self.inputs, run)
-        flat = x.detach().reshape(-1)
-        threads = 1 if rows * self.inputs * self.out <= ALONE else min(torch.get_num_threads(), rows * runs)
-        if threads == 1:
-            y = self._summed(indices, offsets, flat)
-        else:
-            cuts = [rows * runs * i // threads for i in range(threads + 1)]
-            places = [(cut // runs) * self.inputs + (cut % runs) * run for cut in cuts]
-            parts = [(indices[a:b], offsets[i:j] - a, flat[a:b])
-                     for a, b, i, j in zip(places, places[1:], cuts, cuts[1:])]
-            others = [_workers(threads - 1).submit(self._summed, *part) for part in parts[1:]]
-            y = torch.cat([self._summed(*parts[0]), *(other.result() for other in others)])
-        y = y.view(rows, runs, -1)
-        return y if y.shape[-1] == self.out else y[..., : self.out].contiguous()
+    def sums(self, x: Tensor, reduce: Reduce, run: int = RUN) -> Tensor:
+        """float32 (rows, out): the sums of ``x`` float32 (rows, in), reduced.
 
-    def _summed(self, indices: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
-        ops: Any = torch.ops.quantized
-        bag = {2: ops.embedding_bag_2bit_rowwise_offsets, 4: ops.embedding_bag_4bit_rowwise_offsets,
-               8: ops.embedding_bag_byte_rowwise_offsets}[self.width]
-        return bag(self.table, indices, offsets, False, 0, False, x, None, False)
+        Args:
+            reduce: turns sums (rows, runs, some outputs), a tensor of its own, and the range of these outputs into
+                (rows, some outputs). It is called for a few outputs at a time, in any thread.
+            run: inputs in a run; the last one may be shorter.
+        """
+        indices, offsets = _bags(len(x), self.inputs, run)
+        values = x.detach().reshape(-1)
+
+        def share(table: Tensor, part: slice) -> Tensor:
+            bag: Any = getattr(torch.ops.quantized, BAGS[self.width])
+            with torch.no_grad():
+                y = bag(table, indices, offsets, False, 0, False, values, None, False)
+                y = y.view(len(x), -1, y.shape[-1])[..., : part.stop - part.start]
+                size = max(64, SERIAL // (len(x) * y.shape[1]))
+                reduced = [reduce(piece, slice(start, start + piece.shape[-1]))
+                           for start, piece in zip(range(part.start, part.stop, size), y.split(size, -1))]
+                return reduced[0] if len(reduced) == 1 else torch.cat(reduced, 1)
+
+        if len(self.tables) == 1:
+            return share(self.tables[0], self.ranges[0])
+        others = [_workers(len(self.tables) - 1).submit(share, table, part)
+                  for table, part in zip(self.tables[1:], self.ranges[1:])]
+        return torch.cat([share(self.tables[0], self.ranges[0]), *(other.result() for other in others)], 1)
+
+
+def added_up(sums: Tensor) -> Tensor:
+    """(rows, ...) of ``sums`` float32 (rows, runs, ...), which is overwritten: the second half of the runs is added to
+    the first until one is left. Elementwise, so that neither strides nor threads change the order."""
+    count = sums.shape[1]
+    while count > 1:
+        half = (count + 1) // 2
+        sums[:, : count - half] += sums[:, half:count]
+        count = half
+    return sums[:, 0]
+
+
+BAGS = {2: "embedding_bag_2bit_rowwise_offsets", 4: "embedding_bag_4bit_rowwise_offsets",
+        8: "embedding_bag_byte_rowwise_offsets"}
+"""torch's operators by the bits of an integer."""
 
 
 @lru_cache(maxsize=256)

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from qat.errors import UnsupportedError
 from qat.kernels import table
 from qat.kernels.backends import COLUMNS
+from qat.kernels.columns import added_up
 from qat.kernels.contract import Activation, Geometry, Weight
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -278,8 +279,8 @@ class Product:
         return torch.ops.aten._unsafe_view(y, (*shape[:-1], kernel.shape[0]))
 
     def _grouped(self, kernel: Weight, scale_x: Tensor, multiplier_w: Tensor, bias: Tensor | None) -> Tensor:
-        """Integer partial sums for each group of inputs, each rescaled, and added up in float32: for few rows all at
-        once, for many in the order of the groups."""
+        """Integer partial sums for each group of inputs, each rescaled, and added up in float32: for few rows by
+        :func:`added_up`, for many in the order of the groups."""
         x = Activation.of(self.x)
         size = self.w.spec.group_size
         assert size is not None
@@ -293,10 +294,9 @@ class Product:
             assert total is not None
         elif (COLUMNS.supports_runs(size, flat, kernel) and not torch.compiler.is_compiling()
                 and table.choose("linear", flat, kernel) is COLUMNS):
-            parts = COLUMNS.columns(kernel).sums(flat.levels(torch.float32), size)
-            total = parts.mul_(multiplier_w.t().contiguous()).sum(1)
+            total = COLUMNS.grouped(flat.levels(torch.float32), kernel, multiplier_w.t().contiguous(), size)
         else:
-            total = torch.stack(list(self._rescaled_parts(flat, kernel, size, multiplier_w)), 1).sum(1)
+            total = added_up(torch.stack(list(self._rescaled_parts(flat, kernel, size, multiplier_w)), 1))
         total = torch.ops.aten._unsafe_view(total, (*lead, kernel.shape[0])).mul_(scale_x)
         return total if bias is None else total.add_(bias)
 

@@ -20,6 +20,7 @@ call. Training runs the same forward; its backward dequantizes.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from qat.kernels.columns import RUN, Columns
+from qat.kernels.columns import RUN, Columns, added_up
 from qat.kernels.contract import LASTING, Weight
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import PackedTensor, QuantizedTensor
@@ -97,19 +98,27 @@ class FewRows:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(rows, out) of ``x`` (rows, in), in the dtype of ``x``."""
         values = x.detach().float()
-        y = self.columns.sums(values, self.run)
-        if self.grouped:
-            if self.affine:
-                y.sub_(values.view(len(x), -1, self.run).sum(-1, keepdim=True) * self.offset)
-            y = y.mul_(self.scale).sum(1)
-        else:
-            y = y.sum(1)
-            if self.affine:
-                y.sub_(values.sum(-1, keepdim=True) * self.offset)
-            y.mul_(self.scale)
+        totals: Tensor | None = None
+        if self.affine:
+            totals = (values.view(len(x), -1, self.run) if self.grouped else values).sum(-1, keepdim=True)
+
+        def reduce(y: Tensor, part: slice) -> Tensor:
+            if not self.grouped:
+                y = added_up(y)
+            if totals is not None:
+                y.sub_(totals * _part(self.offset, part))
+            y.mul_(_part(self.scale, part))
+            return added_up(y) if self.grouped else y
+
+        y = self.columns.sums(values, reduce, self.run)
         if bias is not None:
             y.add_(bias)
         return y.to(x.dtype)
+
+
+def _part(value: Any, part: slice) -> Any:
+    """What belongs to some outputs; one number is that of all."""
+    return value[..., part] if isinstance(value, Tensor) and value.dim() else value
 
 
 def _blockwise(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
