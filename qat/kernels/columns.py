@@ -29,7 +29,7 @@ SHARE = 1 << 20
 """Weights that are worth a thread of their own: handing work over takes 20 to 50 microseconds."""
 
 SERIAL = 1 << 15
-"""Values that torch's elementwise operations work on without asking for threads of their own."""
+"""Values that torch's operations work on without asking for threads, which each of ours would ask for."""
 
 Reduce = Callable[[Tensor, slice], Tensor]
 
@@ -60,7 +60,7 @@ class Columns:
 
     def _table(self, integers: Tensor, low: int, step: int, end: Tensor) -> Tensor:
         each = 8 // self.width
-        fields = integers.t().to(torch.int16, memory_format=torch.contiguous_format).sub_(low)
+        fields = integers.t().to(torch.int16, memory_format=torch.contiguous_format, copy=True).sub_(low)
         if step == 2:
             fields >>= 1
         fields = F.pad(fields.to(torch.uint8), (0, -fields.shape[1] % each)).view(self.inputs, -1, each)
@@ -95,6 +95,8 @@ class Columns:
             with torch.no_grad():
                 y = bag(table, indices, offsets, False, 0, False, values, None, False)
                 y = y.view(len(x), -1, y.shape[-1])[..., : part.stop - part.start]
+                if len(self.tables) == 1:
+                    return reduce(y, part)
                 size = max(64, SERIAL // (len(x) * y.shape[1]))
                 reduced = [reduce(piece, slice(start, start + piece.shape[-1]))
                            for start, piece in zip(range(part.start, part.stop, size), y.split(size, -1))]

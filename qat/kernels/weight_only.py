@@ -19,7 +19,6 @@ call. Training runs the same forward; its backward dequantizes.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from qat.kernels.columns import RUN, Columns, added_up
+from qat.kernels.columns import RUN, Columns
 from qat.kernels.contract import LASTING, Weight
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import PackedTensor, QuantizedTensor
@@ -61,8 +60,9 @@ def _forward(x: Tensor, w: QuantizedTensor, bias: Tensor | None, kernel: Weight 
     if torch.compiler.is_compiling():
         stored = w.packed if isinstance(w, PackedTensor) else w.codes
         zero_point = torch.tensor(w.zero_point) if isinstance(w.zero_point, int) else w.zero_point
-        return torch.ops.qat.weight_only(x, stored, list(w.shape), w.scale, zero_point, json.dumps(w.spec.to_dict()),
-                                         bias, -1 if kernel is None else kernel.handle)
+        return torch.ops.qat.weight_only(x, stored, list(w.shape), w.scale, zero_point, w.spec.format,
+                                         w.spec.granularity, w.spec.group_size, bias,
+                                         -1 if kernel is None else kernel.handle)
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1])
         y = _few(rows, w, bias, kernel) if _is_few(rows, w) else _blockwise(rows, w, bias)
@@ -104,11 +104,11 @@ class FewRows:
 
         def reduce(y: Tensor, part: slice) -> Tensor:
             if not self.grouped:
-                y = added_up(y)
+                y = y.sum(1)
             if totals is not None:
                 y.sub_(totals * _part(self.offset, part))
             y.mul_(_part(self.scale, part))
-            return added_up(y) if self.grouped else y
+            return y.sum(1) if self.grouped else y
 
         y = self.columns.sums(values, reduce, self.run)
         if bias is not None:
@@ -162,15 +162,15 @@ class _Product(torch.autograd.Function):
 
 
 @custom_op("qat::weight_only", mutates_args=())
-def _weight_only(x: Tensor, stored: Tensor, shape: list[int], scale: Tensor, zero_point: Tensor | None, spec: str,
-                 bias: Tensor | None, handle: int) -> Tensor:
+def _weight_only(x: Tensor, stored: Tensor, shape: list[int], scale: Tensor, zero_point: Tensor | None, format: str,
+                 granularity: str, group_size: int | None, bias: Tensor | None, handle: int) -> Tensor:
     """The opaque operator for compilers: codes as they are, or packed, of a weight of ``shape``."""
-    described = TensorSpec.from_dict(json.loads(spec))
+    spec = TensorSpec(format, granularity, group_size)
     if list(stored.shape) == shape:
-        return _forward(x, QuantizedTensor(stored, scale, zero_point, described), bias, None)
-    return _forward(x, PackedTensor(stored, tuple(shape), scale, zero_point, described), bias, LASTING.get(handle))
+        return _forward(x, QuantizedTensor(stored, scale, zero_point, spec), bias, LASTING.get(handle))
+    return _forward(x, PackedTensor(stored, tuple(shape), scale, zero_point, spec), bias, LASTING.get(handle))
 
 
 @_weight_only.register_fake
-def _(x, stored, shape, scale, zero_point, spec, bias, handle):
+def _(x, stored, shape, scale, zero_point, format, granularity, group_size, bias, handle):
     return x.new_empty((*x.shape[:-1], shape[0]))
