@@ -137,6 +137,34 @@ def freeze(model: nn.Module) -> None:
         raise ConvertError(f"convert left unfrozen quantizers: {', '.join(left)}")
 
 
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that a model holds: parameters, buffers, unpacked codes, and what its kernels have packed until now.
+
+    What is shared is counted once; a checkpoint is smaller, as it holds packed codes alone.
+    """
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    left: list[Any] = list(model.modules())
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.is_mkldnn:         # packed by oneDNN, whose storage torch does not see
+                sizes[id(value)] = value.numel() * value.element_size()
+            else:
+                storage = value.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+        elif isinstance(value, nn.Module) or type(value).__module__.startswith("qat."):
+            left += getattr(value, "__dict__", {}).values()
+    return sum(sizes.values())
+
+
 def share_codes(modules: dict[str, QuantizedModule]) -> None:
     """Modules with a tied weight hold the same code buffers."""
     for module in modules.values():

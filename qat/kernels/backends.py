@@ -4,6 +4,7 @@
 ``reference``     int64 arithmetic in plain torch; slow, and what the others are held against
 ``onednn``        int8 kernels of oneDNN on x86 with VNNI; rescale and bias fused
 ``int_mm``        ``torch._int_mm``: one row on x86 (a matrix-vector kernel), all rows on CUDA; convolutions unfolded
+``columns``       up to four rows on x86: sums of the columns of weights of up to 4 bits, read as they are packed
 ``float``         floating point that is exact: float32 while sums stay below 2**24, float64 beyond
 ================  =========================================================================================
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.kernels.columns import RUN, Columns, added_up
 from qat.kernels.contract import Activation, Geometry, Weight, check_int32, matmul_bound
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -101,12 +103,12 @@ class Reference(Backend):
         return a.levels(torch.int64) @ b.levels(torch.int64)
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
-        windows = unfold(x.levels(torch.int64), w.levels.shape, geometry)
+        windows = unfold(x.levels(torch.int64), w.shape, geometry)
         groups, dims = geometry.groups, geometry.dims
         batch, channels = windows.shape[:2]
         windows = windows.reshape(batch, groups, channels // groups, *windows.shape[2:])
-        out = w.levels.shape[0]
-        kernel = w.levels.to(torch.int64).reshape(groups, out // groups, *w.levels.shape[1:])
+        out = w.shape[0]
+        kernel = w.levels.to(torch.int64).reshape(groups, out // groups, *w.shape[1:])
         letters = "ijk"[:dims]
         taps = "uvw"[:dims]
         acc = torch.einsum(f"bgc{letters}{taps},goc{taps}->bgo{letters}", windows, kernel)
@@ -141,19 +143,19 @@ class OneDNN(Backend):
         return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
     def _fits(self, x: Activation, w: Weight) -> bool:
-        return (x.values.device.type == "cpu" and self.available() and w.levels.dtype == torch.int8 and x.fixed
-                and x.values.numel() > 0 and w.levels.numel() > 0
+        return (x.values.device.type == "cpu" and self.available() and w.dtype == torch.int8 and x.fixed
+                and x.values.numel() > 0 and w.shape.numel() > 0
                 and w.inputs * w.bound * 255 < INT32_LIMIT and 255 * w.inputs < 2**24)
 
     def supports_linear(self, x: Activation, w: Weight) -> bool:
         if not self._fits(x, w):
             return False
         rows = 1 << (x.values.shape[0] - 1).bit_length()
-        return self._tried((rows, *w.levels.shape), x, w, None)
+        return self._tried((rows, *w.shape), x, w, None)
 
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
-        within = all(p <= d * (k - 1) for p, d, k in zip(geometry.padding, geometry.dilation, w.levels.shape[2:]))
-        return self._fits(x, w) and within and self._tried((x.values.shape, w.levels.shape, geometry), x, w, geometry)
+        within = all(p <= d * (k - 1) for p, d, k in zip(geometry.padding, geometry.dilation, w.shape[2:]))
+        return self._fits(x, w) and within and self._tried((x.values.shape, w.shape, geometry), x, w, geometry)
 
     def supports_matmul(self, a: Activation, b: Activation) -> bool:
         return False  # packing pays for operands that last
@@ -169,7 +171,7 @@ class OneDNN(Backend):
         limits = torch.iinfo(x.values.dtype)
         values = torch.randint(limits.min, limits.max + 1, x.values.shape, generator=generator).to(x.values.dtype)
         few = min(127, (2**24 - 1) // (255 * w.inputs))
-        levels = torch.randint(-few, few + 1, w.levels.shape, generator=generator).to(torch.int8)
+        levels = torch.randint(-few, few + 1, w.shape, generator=generator).to(torch.int8)
         probe, weight = Activation(values, x.zero_point, 255), Weight(levels, few)
         one = torch.ones(())
         if geometry is None:
@@ -185,8 +187,9 @@ class OneDNN(Backend):
 
     def linear(self, x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
         values, zero_point = x.shifted()
-        out = w.levels.shape[0]
-        packed = w.cached("onednn", lambda: torch.ops.onednn.qlinear_prepack(w.levels.contiguous(), None))
+        out = w.shape[0]
+        packed = w.cached("onednn", lambda: torch.ops.onednn.qlinear_prepack(w.once().contiguous(), None))
+        w.release()
         return torch.ops.onednn.qlinear_pointwise(
             values, 1.0, zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int64), bias,
             1.0, 0, torch.float32, "none", [], "")
@@ -210,7 +213,7 @@ class OneDNN(Backend):
         plain = values.is_contiguous()
         memory_format = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}[geometry.dims]
         values = values.contiguous(memory_format=memory_format)
-        out = w.levels.shape[0]
+        out = w.shape[0]
         stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
         packed = w.cached(("onednn", geometry, x_zero_point, values.shape), lambda: torch.ops.onednn.qconv_prepack(
             w.levels.contiguous(), _ones(w, out), 1.0, x_zero_point, stride, padding, dilation, geometry.groups,
@@ -245,7 +248,7 @@ class IntMM(Backend):
 
     def supports_linear(self, x: Activation, w: Weight) -> bool:
         # torch 2.13 computes wrong products on CPUs when there is one input and more than one output
-        return (self.available(x.values.device) and w.levels.dtype == torch.int8 and w.inputs > 1
+        return (self.available(x.values.device) and w.dtype == torch.int8 and w.inputs > 1
                 and w.inputs * w.bound * 255 < INT32_LIMIT)
 
     def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
@@ -278,7 +281,7 @@ class IntMM(Backend):
         return acc, zero_point * w.row_sums()
 
     def _matmul(self, values: Tensor, w: Weight) -> Tensor:
-        (rows, inputs), out = values.shape, w.levels.shape[0]
+        (rows, inputs), out = values.shape, w.shape[0]
         flat = w.levels.flatten(1)
         if values.numel() == 0 or flat.numel() == 0:
             return torch.zeros(rows, out, dtype=torch.int32, device=values.device)
@@ -338,9 +341,9 @@ class IntMM(Backend):
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         if any(geometry.padding) and x.zero_point:
             x = Activation(x.levels(torch.int16).to(torch.int8), None, x.bound)
-        windows = unfold(x.values, w.levels.shape, geometry)
+        windows = unfold(x.values, w.shape, geometry)
         batch, channels = windows.shape[:2]
-        dims, groups, out = geometry.dims, geometry.groups, w.levels.shape[0]
+        dims, groups, out = geometry.dims, geometry.groups, w.shape[0]
         spatial = windows.shape[2 : 2 + dims]
         order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
         windows = windows.permute(order)
@@ -369,6 +372,46 @@ def _as_int8(x: Activation) -> tuple[Tensor, Tensor | int | None]:
 
 def _present(zero_point: Tensor | int | None) -> TypeGuard[Tensor | int]:
     return isinstance(zero_point, Tensor) or bool(zero_point)
+
+
+class ColumnSums(Backend):
+    """Sums of the columns of narrow weights (:class:`~qat.kernels.columns.Columns`), exact in float32."""
+
+    name = "columns"
+
+    def supports_linear(self, x: Activation, w: Weight) -> bool:
+        return self.supports_runs(RUN, x, w)
+
+    @staticmethod
+    def supports_runs(run: int, x: Activation, w: Weight) -> bool:
+        """Whether sums over ``run`` inputs are exact, the least level of the weight being taken off on the way."""
+        return (Columns.available() and x.values.device.type == "cpu" and w.dtype == torch.int8 and w.narrow
+                and x.values.numel() > 0 and w.shape.numel() > 0 and run * x.bound * 3 * w.bound < 2**24)
+
+    def supports_convolution(self, x: Activation, w: Weight, geometry: Geometry) -> bool:
+        return False
+
+    def supports_matmul(self, a: Activation, b: Activation) -> bool:
+        return False
+
+    def linear_accumulators(self, x: Activation, w: Weight) -> Tensor:
+        return self.of_levels(x.levels(torch.float32), x.bound, w)
+
+    @staticmethod
+    def columns(w: Weight) -> Columns:
+        """The weight by input; it is kept, and the levels are let go."""
+        columns = w.cached("columns", lambda: Columns(w.once()))
+        w.release()
+        return columns
+
+    def of_levels(self, levels: Tensor, bound: int, w: Weight) -> Tensor:
+        """The accumulators of levels in float32; float64 where their sum may reach 2**24."""
+        dtype = torch.float32 if w.inputs * bound * w.bound < 2**24 else torch.float64
+        return self.columns(w).sums(levels, lambda sums, part: sums.sum(1, dtype=dtype))
+
+    def grouped(self, levels: Tensor, w: Weight, multiplier: Tensor, size: int) -> Tensor:
+        """The accumulators of each group of ``size`` inputs times ``multiplier`` (groups, out), added up in float32."""
+        return self.columns(w).sums(levels, lambda sums, part: added_up(sums.mul_(multiplier[:, part])), size)
 
 
 class FewCalls:
@@ -427,6 +470,45 @@ class FewCalls:
         return y
 
 
+class FewNarrowCalls(FewCalls):
+    """The same for weights of up to 4 bits, whose scale may be one for each group: on :class:`ColumnSums`.
+
+    Args:
+        group_size: None, or the inputs that share a scale; then ``multiplier_w``: (out, groups).
+    """
+
+    def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None, scale: Tensor | None,
+                 zero_point: int = 0, group_size: int | None = None) -> None:
+        self.spec, self.scale, self.bias, self.weight = spec, scale, bias, w
+        self.zero_point, self.group_size = float(zero_point), group_size
+        self.bound = spec.fmt.hi - spec.fmt.lo
+        if group_size is not None:
+            self.multiplier = multiplier_w.t().contiguous()
+        else:
+            self.multiplier = multiplier_w if scale is None else scale * multiplier_w
+
+    @staticmethod
+    def serves(values: Tensor, spec: TensorSpec, zero_point: Tensor | int | None, w: Weight,
+               run: int | None = None) -> bool:
+        """Whether there is such a way; ``run``: the inputs that share a scale."""
+        return (spec.fmt.grid == "affine" and not isinstance(zero_point, Tensor)
+                and COLUMNS.supports_runs(run or RUN, Activation(values, zero_point, 255), w))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        row = x.view(1, -1)
+        scale = affine.symmetric_scale(row, self.spec) if self.scale is None else self.scale
+        levels = affine.quantize_to_levels(row, scale, self.zero_point, self.spec)
+        if self.group_size is not None:
+            y = COLUMNS.grouped(levels, self.weight, self.multiplier, self.group_size).mul_(scale)
+        else:
+            y = COLUMNS.of_levels(levels, self.bound, self.weight).float().mul_(self.multiplier)
+            if self.scale is None:
+                y.mul_(scale)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+
 class FloatCarrier(Backend):
     """Integers in floating point, exactly: every partial sum stays below 2**24 (float32) or 2**53 (float64).
 
@@ -483,4 +565,4 @@ def _float_dtype(bound: int, inputs: int) -> torch.dtype:
     return torch.float32 if bound < 2**24 else torch.float64
 
 
-REFERENCE, ONEDNN, INT_MM, FLOAT = Reference(), OneDNN(), IntMM(), FloatCarrier()
+REFERENCE, ONEDNN, INT_MM, COLUMNS, FLOAT = Reference(), OneDNN(), IntMM(), ColumnSums(), FloatCarrier()

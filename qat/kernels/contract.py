@@ -16,7 +16,8 @@ Every backend returns the same accumulators, and the same ``y`` bit for bit; whi
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import OverflowBoundError
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.tensor import PackedTensor, QuantizedTensor
 
 
 @dataclass
@@ -72,36 +73,65 @@ LASTING: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 """Weights that last, by handle: compiled graphs can carry an int, but not a weight with its packed copies."""
 
 
-@dataclass(eq=False)
 class Weight:
     """The right operand: levels (out, in) or (out, in // groups, *kernel), int8 (int16 for affine 8-bit weights).
 
-    ``lasting`` says that the levels will be used again, so that packing them pays; such a weight is found again by its
-    ``handle`` from compiled code, and remembers in ``chosen`` which backend ran. ``cache`` keeps what a backend derives
-    from the levels (a packed copy, row sums); it lives as long as the codes do.
+    Attributes:
+        bound: no level is greater than this in magnitude.
+        lasting: the levels will be used again, so that packing them pays; such a weight is found again by its
+            ``handle`` from compiled code, and remembers in ``chosen`` which backend ran.
+        cache: what a backend derives from the levels (a packed copy, row sums); it lives as long as the codes do.
+        narrow: whether 4 bits hold the levels, or every other integer between the least and the greatest.
+        source: where there is one, the levels can be derived anew: they are held from the first use of ``levels`` until
+            a backend that has packed them calls :meth:`release`, and :meth:`once` does not hold them at all.
     """
 
-    levels: Tensor
-    bound: int
-    lasting: bool = False
-    cache: dict[Any, Any] = field(default_factory=dict)
-    chosen: dict[Any, Any] = field(default_factory=dict)
-    handle: int = -1
-
-    def __post_init__(self) -> None:
-        if self.lasting:
+    def __init__(self, levels: Tensor, bound: int, lasting: bool = False) -> None:
+        self._levels: Tensor | None = levels
+        self.source: Callable[[], Tensor] | None = None
+        self.bound, self.lasting = bound, lasting
+        self.narrow = bound <= 7
+        self.shape, self.dtype = levels.shape, levels.dtype
+        self.cache: dict[Any, Any] = {}
+        self.chosen: dict[Any, Any] = {}
+        self.handle = -1
+        if lasting:
             self.handle = next(_handles)
             LASTING[self.handle] = self
 
     @classmethod
     def of(cls, w: QuantizedTensor, lasting: bool = False) -> Weight:
         fmt = w.spec.fmt
-        return cls(w.levels(), fmt.level_bound if w.zero_point is None else fmt.hi - fmt.lo, lasting)
+        bound = fmt.level_bound if w.zero_point is None else fmt.hi - fmt.lo
+        made = cls(w.levels(), bound, lasting)
+        if isinstance(w, PackedTensor):
+            made.source = w.levels
+            made.release()
+        made.narrow = made.narrow or (fmt.bits <= 4 and w.zero_point is None)
+        return made
+
+    @property
+    def levels(self) -> Tensor:
+        if self._levels is None:
+            self._levels = self.once()
+        return self._levels
+
+    def once(self) -> Tensor:
+        """The levels, for one look at them."""
+        if self._levels is not None:
+            return self._levels
+        assert self.source is not None
+        return self.source()
+
+    def release(self) -> None:
+        """Let go of levels that can be derived anew."""
+        if self.source is not None:
+            self._levels = None
 
     @property
     def inputs(self) -> int:
         """How many products one accumulator sums."""
-        return self.levels[0].numel() if self.levels.shape[0] else 0
+        return self.shape[1:].numel() if self.shape[0] else 0
 
     def cached(self, key: Any, make: Any) -> Any:
         if key not in self.cache:
@@ -110,7 +140,7 @@ class Weight:
 
     def row_sums(self) -> Tensor:
         """int32 (out,): what a zero point of 1 takes off each accumulator."""
-        return self.cached("row_sums", lambda: self.levels.flatten(1).sum(1, dtype=torch.int32))
+        return self.cached("row_sums", lambda: self.once().flatten(1).sum(1, dtype=torch.int32))
 
     def accumulator_bound(self, x: Activation) -> int:
         """No accumulator, and no partial sum in any order, is greater than this in magnitude.
@@ -121,7 +151,7 @@ class Weight:
         if coarse < 2**24:
             return coarse
         def row_bound() -> int:
-            return int(self.levels.flatten(1).to(torch.int32).abs().sum(1).max()) if self.levels.numel() else 0
+            return int(self.once().flatten(1).to(torch.int32).abs().sum(1).max()) if self.shape.numel() else 0
         return self.cached("row_bound", row_bound) * x.bound
 
 

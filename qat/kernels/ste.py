@@ -13,7 +13,7 @@ Papers: Bengio et al. 2013 (STE); Esser et al. 2020 (LSQ); Bhalgat et al. 2020 (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import UnsupportedError
 from qat.kernels import table
+from qat.kernels.backends import COLUMNS
+from qat.kernels.columns import added_up
 from qat.kernels.contract import Activation, Geometry, Weight
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -274,23 +276,42 @@ class Product:
         shape = x.values.shape
         flat = Activation(x.values.reshape(-1, shape[-1]), _flat(x.zero_point), x.bound)
         y = table.linear(flat, kernel, multiplier, bias)  # not a view: a caller may change the output in place
-        return torch.ops.aten._unsafe_view(y, (*shape[:-1], kernel.levels.shape[0]))
+        return torch.ops.aten._unsafe_view(y, (*shape[:-1], kernel.shape[0]))
 
     def _grouped(self, kernel: Weight, scale_x: Tensor, multiplier_w: Tensor, bias: Tensor | None) -> Tensor:
-        """Integer partial sums for each group of inputs, added up in float32 in the order of the groups."""
+        """Integer partial sums for each group of inputs, each rescaled, and added up in float32: for few rows by
+        :func:`added_up`, for many in the order of the groups."""
         x = Activation.of(self.x)
         size = self.w.spec.group_size
         assert size is not None
         assert self.geometry is None
-        total: Tensor | None = None
-        for i, levels in enumerate(kernel.levels.split(size, dim=1)):
-            part = kernel.cached(("part", i), lambda levels=levels: Weight(levels.contiguous(), kernel.bound))
-            values = x.values[..., i * size : (i + 1) * size].contiguous()
-            y = self._once(Activation(values, x.zero_point, x.bound), part, multiplier_w[:, i].contiguous(), None)
-            total = y if total is None else total.add_(y)
-        assert total is not None
-        total.mul_(scale_x)
+        *lead, inputs = x.values.shape
+        flat = Activation(x.values.reshape(-1, inputs), _flat(x.zero_point), x.bound)
+        if len(flat.values) > table.FEW_ROWS:
+            total: Tensor | None = None
+            for y in self._rescaled_parts(flat, kernel, size, multiplier_w):
+                total = y if total is None else total.add_(y)
+            assert total is not None
+        elif (COLUMNS.supports_runs(size, flat, kernel) and not torch.compiler.is_compiling()
+                and table.choose("linear", flat, kernel) is COLUMNS):
+            total = COLUMNS.grouped(flat.levels(torch.float32), kernel, multiplier_w.t().contiguous(), size)
+        else:
+            total = added_up(torch.stack(list(self._rescaled_parts(flat, kernel, size, multiplier_w)), 1))
+        total = torch.ops.aten._unsafe_view(total, (*lead, kernel.shape[0])).mul_(scale_x)
         return total if bias is None else total.add_(bias)
+
+    def _rescaled_parts(self, x: Activation, kernel: Weight, size: int, multiplier_w: Tensor) -> Iterator[Tensor]:
+        """The product of each group of inputs."""
+        for i, part in enumerate(self._parts(kernel, size)):
+            values = x.values[:, i * size : (i + 1) * size].contiguous()
+            yield self._once(Activation(values, x.zero_point, x.bound), part, multiplier_w[:, i].contiguous(), None)
+
+    @staticmethod
+    def _parts(kernel: Weight, size: int) -> list[Weight]:
+        """The weight of each group; kept, with what backends derive from it."""
+        def split() -> list[Weight]:
+            return [Weight(levels.contiguous(), kernel.bound) for levels in kernel.once().split(size, dim=1)]
+        return kernel.cached(("parts", size), split)
 
     def _along_out(self, vector: Tensor) -> Tensor:
         return vector if self.geometry is None else vector.reshape(-1, *[1] * self.geometry.dims)

@@ -20,7 +20,7 @@ from qat.kernels import ste
 from qat.kernels.contract import Weight
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.tensor import PackedTensor, QuantizedTensor
 from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, StaticQuantizer, make_quantizer
 
 
@@ -307,8 +307,13 @@ class QuantizedModule(nn.Module):
 
     @torch.compiler.disable
     def _unpack(self, spec: TensorSpec) -> None:
-        codes = packing.unpack(self.weight_codes, spec.fmt, tuple(self.weight_shape))
-        self._codes = QuantizedTensor(codes, self.weight_scale, self.weight_zero_point, spec.for_weight())
+        packed = PackedTensor(self.weight_codes, tuple(self.weight_shape), self.weight_scale, self.weight_zero_point,
+                              spec.for_weight())
+        self._codes = packed if self.stays_packed(spec) else packed.unpacked()
+
+    def stays_packed(self, spec: TensorSpec) -> bool:
+        """Whether a frozen module unpacks its codes where they are asked for, instead of holding them unpacked too."""
+        return False
 
     def kernel_weight(self, weight: QuantizedTensor) -> Weight | None:
         """The weight as kernels take it; a frozen module keeps it, with whatever kernels derive from it."""

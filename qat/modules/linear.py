@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.kernels import ste, table
-from qat.kernels.backends import FewCalls
+from qat.kernels import ste, table, weight_only
+from qat.kernels.backends import FewCalls, FewNarrowCalls
 from qat.modules.base import QuantizedModule, register
 from qat.numerics import affine
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.formats import TensorSpec
+from qat.numerics.tensor import PackedTensor, QuantizedTensor
 from qat.quantizers.quantizer import FrozenQuantizer
 
 
@@ -20,7 +21,9 @@ from qat.quantizers.quantizer import FrozenQuantizer
 class QuantizedLinear(QuantizedModule, nn.Linear):
     """``y = x @ w.T + b`` on integers: x (..., in), w (out, in).
 
-    With float activations (weight-only) the codes are dequantized and multiplied in floating point.
+    With float activations (weight-only) the product is that of :mod:`qat.kernels.weight_only`, before and after
+    ``convert``, in eval and in training. A frozen layer holds codes of up to 4 bits, and all codes of weight-only
+    layers, as they are packed, beside what its kernels have packed for the shapes that came.
     """
 
     replaces = nn.Linear
@@ -41,10 +44,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             return self.finish(F.linear(self.float_input(x), self.float_weight(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
-            # torch multiplies strided inputs in one way or another, depending on whether the weight requires a gradient
-            values = self.float_input(x).contiguous()
-            return self.finish(F.linear(values, weight.dequantize(values.dtype), self.bias))
+            return self.finish(weight_only.product(self.float_input(x), weight, self.bias, self.kernel_weight(weight)))
         return self.finish(self.product(self.quantized_input(x), weight))
+
+    def stays_packed(self, spec: TensorSpec) -> bool:
+        return spec.bits <= 4 or self.plan.input is None
 
     def _is_one_row(self, x: Tensor | QuantizedTensor) -> bool:
         return (isinstance(x, Tensor) and x.numel() == self.in_features
@@ -57,8 +61,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """Prepare the short way for one row; ``_one_row`` becomes False where there is none."""
         source, weight = self.input_quantizer, self.quantized_weight()
         self._one_row = False
-        if (source is None or self.output_quantizer is not None or weight.spec.granularity == "per_group"
-                or source.ceiling is not None):
+        if source is None or self.output_quantizer is not None or source.ceiling is not None:
             return
         spec, fmt = source.spec, source.spec.fmt
         scale, zero_point = source.present() if isinstance(source, FrozenQuantizer) else (None, None)
@@ -66,13 +69,18 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             fits = spec.granularity == "per_token" and bool(spec.symmetric) and fmt.signed and source.floor is None
         else:
             fits = source.floor is None or (bool(spec.symmetric) and not fmt.signed)
+        if not fits:
+            return
         kernel = self.kernel_weight(weight)
         assert kernel is not None
         row = torch.zeros(1, self.in_features, dtype=fmt.dtype, device=weight.device)
-        if fits and FewCalls.serves(row, spec, zero_point, kernel):
-            codes = QuantizedTensor(row, torch.ones(()), zero_point, spec)
-            self._one_row = FewCalls(spec, kernel, ste.Product(codes, weight).multiplier_w(), self.bias, scale,
-                                     int(zero_point or 0))     # a layer has one
+        multiplier = ste.Product(QuantizedTensor(row, torch.ones(()), zero_point, spec), weight).multiplier_w()
+        number = int(zero_point or 0) if not isinstance(zero_point, Tensor) else 0      # a layer has one
+        run = weight.spec.group_size
+        if FewNarrowCalls.serves(row, spec, zero_point, kernel, run):
+            self._one_row = FewNarrowCalls(spec, kernel, multiplier, self.bias, scale, number, run)
+        elif run is None and FewCalls.serves(row, spec, zero_point, kernel):
+            self._one_row = FewCalls(spec, kernel, multiplier, self.bias, scale, number)
 
 
 @register
@@ -85,6 +93,9 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):  # type: ignore[misc]
     def channels(self, role: str) -> tuple[int, ...]:
         return (self.embedding_dim,) if role == "output" else ()
 
+    def stays_packed(self, spec: TensorSpec) -> bool:
+        return spec.bits * self.embedding_dim % 8 == 0      # rows begin at whole bytes
+
     def forward(self, input: Tensor) -> Any:
         indices = input
         if self.calibrating or self.plan.weight is None:
@@ -93,7 +104,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):  # type: ignore[misc]
         if table.carrier is not None:
             return self.finish(self._look_up(indices, table.dequantize(self.weight.dtype)))
         spec = table.spec
-        rows = F.embedding(indices, table.codes)
+        rows = table.looked_up(indices) if isinstance(table, PackedTensor) else F.embedding(indices, table.codes)
         flat = rows.reshape(-1, rows.shape[-1])
         if spec.granularity != "per_tensor":
             scale, zero_point = table.scale[indices.reshape(-1)], table.zero_point

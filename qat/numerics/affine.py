@@ -181,6 +181,18 @@ def quantize_to_bytes(x: Tensor, scale: Tensor, offset: Tensor, lo: int, hi: int
     return torch.div(x, scale).round_().add_(offset).clamp_(lo, hi).to(torch.uint8)
 
 
+def quantize_to_levels(x: Tensor, scale: Tensor, zero_point: float, spec: TensorSpec) -> Tensor:
+    """The same rounding in the fewest calls, for one scale of an affine grid: levels in float32, zero point taken off.
+
+    Args:
+        x: float32.
+    """
+    codes = torch.div(x, scale).round_()
+    if not zero_point:
+        return codes.clamp_(spec.fmt.lo, spec.fmt.hi)
+    return codes.add_(zero_point).clamp_(spec.fmt.lo, spec.fmt.hi).sub_(zero_point)
+
+
 def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None,
                      spec: TensorSpec, above_only: bool = False) -> tuple[Tensor, Tensor]:
     """The codes of ``x``, and a uint8 tensor of its shape: 1 for values inside the grid, 0 for those beyond its ends.

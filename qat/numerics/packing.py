@@ -59,22 +59,33 @@ def unpack(packed: Tensor, fmt: Format, shape: torch.Size | tuple[int, ...]) -> 
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, fmt.bits):
         raise CheckpointError(f"{count} codes of {fmt.bits} bits take {packed_size(count, fmt.bits)} bytes, "
                               f"not {packed.numel()} of {packed.dtype}")
-    packed = packed.reshape(-1)
-    if fmt.bits == 8:
-        fields = packed
-    elif 8 % fmt.bits == 0:
-        each, mask = 8 // fmt.bits, (1 << fmt.bits) - 1
-        fields = torch.stack([(packed >> (i * fmt.bits)) & mask for i in range(each)], dim=-1).view(-1)
-    else:
-        bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-        stream = bits.view(-1)[: count * fmt.bits].view(count, fmt.bits)
-        weights = 1 << torch.arange(fmt.bits, dtype=torch.uint8, device=packed.device)
-        fields = (stream * weights).sum(-1, dtype=torch.uint8)
-    fields = fields[:count]
-    codes = (fields * 2 - 1 if fmt.grid == "sign" else fields + (fmt.lo & 255)).view(fmt.dtype)
+    fields = _fields(packed.reshape(-1), fmt.bits)[:count]
+    if fmt.grid == "sign":
+        codes = fields.view(torch.int8).mul_(2).sub_(1)
+    elif not fmt.signed:
+        codes = fields
+    else:                       # in int8, where fields of 8 bits come round to where they belong
+        codes = fields.view(torch.int8).add_(fmt.lo)
     if fmt.values < 1 << fmt.bits and count and int(codes.max()) > fmt.hi:
         raise CheckpointError(f"a packed code is outside of {fmt}: {fmt.lo}..{fmt.hi}")
     return codes.reshape(shape)
+
+
+def _fields(packed: Tensor, bits: int) -> Tensor:
+    """The fields of packed bytes, and those of the bits that fill up the last one: a new uint8 tensor, flat."""
+    if bits == 8:
+        return packed.clone()
+    each, mask = (8 // bits, (1 << bits) - 1) if 8 % bits == 0 else (8, (1 << bits) - 1)
+    words = packed
+    if 8 % bits:                # eight fields lie in as many bytes as each has bits
+        bytes_ = _padded(packed, bits).view(-1, bits)
+        words = bytes_[:, 0].to(torch.int32 if bits == 3 else torch.int64)
+        for i in range(1, bits):
+            words |= bytes_[:, i].to(words.dtype) << (8 * i)
+    fields = packed.new_empty(len(words), each)
+    for i in range(each):
+        fields[:, i] = (words >> (i * bits)) & mask
+    return fields.view(-1)
 
 
 def _padded(fields: Tensor, multiple: int) -> Tensor:
