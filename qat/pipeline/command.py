@@ -23,13 +23,15 @@ from rich.markup import escape
 from yaml import YAMLError
 
 import qat
+from qat.deploy.memory import MemoryPlan, Workload, plan_memory
+from qat.deploy.shapes import NAMED_BY_USER, read_contents
 from qat.errors import ConfigError, QuantizationError, nearest
-from qat.pipeline.config import OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.config import OF_THE_CALL, OF_THE_PLAN, STORED, check_keys, run_config, stored_config
 from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim, write_text
-from qat.reporting import compare, read_csv, read_sweep
-from qat.training.build import allow_targets, build
+from qat.reporting import compare, read_csv, read_devices, read_sweep, render_memory
+from qat.training.build import allow_targets, build, plain
 
 OVERRIDES = ("weight", "input", "rules", "edges", "backward_dtype", "calibration")  # of Recipe.preset
 Task = Callable[[DictConfig, Console], None]
@@ -117,13 +119,18 @@ def train(config: DictConfig, console: Console) -> None:
 
 
 def evaluate(config: DictConfig, console: Console) -> None:
-    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table."""
+    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table; or
+    show the runs of a sweep, or what a model needs in memory."""
     check_keys(config, STORED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
-    if sum(value is not None for value in (config.run, config.deployed, config.sweep)) != 1:
+    if sum(value is not None for value in (config.run, config.deployed, config.sweep, config.plan)) != 1:
         raise ConfigError(
-            "Say what to evaluate: run=<run folder>, deployed=<deployed folder> or sweep=<folder of run folders>."
+            "Say what to evaluate: run=<run folder>, deployed=<deployed folder>, sweep=<folder of run folders> or "
+            "plan=<directory, config.json or parameter count>."
         )
+    if config.plan is not None:
+        console.print(render_memory(_memory(plain({key: config[key] for key in OF_THE_PLAN}))))
+        return
     folder = Path(config.run or config.deployed or config.sweep)
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}.")
@@ -148,6 +155,15 @@ def evaluate(config: DictConfig, console: Console) -> None:
     console.print(
         f"Every figure equals the one in {_shown(table)} (latency is not compared).", style="green", soft_wrap=True
     )
+
+
+def _memory(options: dict[str, Any]) -> MemoryPlan:
+    """What ``plan=`` and its options ask for."""
+    contents = read_contents(options.pop("plan"), {key: options.pop(key) for key in NAMED_BY_USER})
+    devices = read_devices(options.pop("device"))
+    if options["context"] is None:
+        options["context"] = min(2048, contents.positions or 2048)
+    return plan_memory(contents, Workload(**options), devices)
 
 
 def _aggregate(folder: Path, console: Console) -> None:
