@@ -78,10 +78,7 @@ def read_contents(plan: object, given: Mapping[str, int | None] | None = None) -
     Raises:
         ConfigError: none of these; a file that is missing or damaged; a number that means nothing.
     """
-    numbers = {key: value for key, value in (given or {}).items() if value is not None}
-    for key, value in numbers.items():
-        if key not in NAMED_BY_USER or not positive(value):
-            raise ConfigError(f"{key} must be a whole number of at least 1, not {value!r}.")
+    numbers = _checked(given)
     path = Path(plan) if isinstance(plan, str) else None
     count = _count(plan)
     if count is not None:
@@ -101,6 +98,14 @@ def read_contents(plan: object, given: Mapping[str, int | None] | None = None) -
         raise ConfigError(f"plan={plan}: {error}.") from error
     except OSError as error:
         raise ConfigError(f"plan={plan}: {error.strerror or error}.") from error
+
+
+def _checked(given: Mapping[str, int | None] | None) -> dict[str, int]:
+    numbers = {key: value for key, value in (given or {}).items() if value is not None}
+    for key, value in numbers.items():
+        if key not in NAMED_BY_USER or not positive(value):
+            raise ConfigError(f"{key} must be a whole number of at least 1, not {value!r}.")
+    return numbers
 
 
 def _count(plan: object) -> int | None:
@@ -128,14 +133,6 @@ def _count(plan: object) -> int | None:
 def _of_directory(path: Path, numbers: Mapping[str, int]) -> Contents:
     if (path / MANIFEST).is_file():
         return _of_deployed(path, numbers)
-    if (path / "config.yaml").is_file() and not (path / CONFIG).is_file():
-        weights = path / "float" / "weights.safetensors"
-        if not weights.is_file():
-            raise ConfigError(f"plan={path}: this run has not come so far as to have {weights}.")
-        found = _of_files([weights], path, path / CONFIG, numbers)
-        if (path / "deployed" / MANIFEST).is_file():
-            return replace(found, stored=_of_deployed(path / "deployed", {}).stored)
-        return found
     files = _weight_files(path)
     if files:
         return _of_files(files, path, path / CONFIG, numbers)
@@ -201,10 +198,7 @@ def _of_files(files: list[Path], path: Path, config: Path, numbers: Mapping[str,
         return _with(from_config(settings, str(path), numbers), stored=stored, notes=(note,))
     several = f" of {len(files)} files" if len(files) > 1 else ""
     found = Contents(str(path), f"exact: safetensors headers{several}", (), stored=stored)
-    if settings and (text := text_section(settings)):
-        found = _described(found, text, numbers)
-    else:
-        found = _described(found, {}, numbers)
+    found = _described(found, _beside(config), numbers)
     vocabulary = found.transformer.vocabulary if found.transformer else 0
     return replace(found, weights=tuple(_classified(header, vocabulary)))
 
@@ -312,6 +306,22 @@ def weights_of(model: nn.Module, kept_bytes: float | None = None) -> list[Weight
     return weights
 
 
+def from_module(model: nn.Module, title: str, source: str, config: Mapping[str, Any] | None = None,
+                given: Mapping[str, int | None] | None = None, kept_bytes: float | None = None) -> Contents:
+    """The contents of a float model.
+
+    Args:
+        config: numbers about it under the names of :data:`KEYS`.
+        given: as for :func:`read_contents`.
+        kept_bytes: as for :func:`weights_of`.
+    """
+    found = _described(Contents(title, source, tuple(weights_of(model, kept_bytes))), config or {}, _checked(given))
+    if lacking := _unquantized(model):
+        found = _with(found, notes=(f"{', '.join(lacking)}: without a quantized form in this package yet; their "
+                                    "matrices are counted as quantized.",))
+    return found
+
+
 def _is_layer(module: nn.Module, value: torch.Tensor) -> bool:
     if value.dim() < 2:
         return False
@@ -328,8 +338,8 @@ def _unquantized(model: nn.Module) -> list[str]:
                    and any(p is not None and _is_matrix(tuple(p.shape)) for p in m._parameters.values())})
 
 
-def _built(config: Mapping[str, Any]) -> nn.Module | str:
-    """The model that ``config`` describes, on the meta device; or why there is none."""
+def _completed(config: Mapping[str, Any]) -> Any:
+    """The configuration as an object of transformers, which knows the defaults of its family; or why there is none."""
     try:
         import transformers
     except ImportError:
@@ -339,19 +349,51 @@ def _built(config: Mapping[str, Any]) -> nn.Module | str:
     if not isinstance(name, str) or name not in kinds:
         return f"transformers does not know model_type {name!r}"
     try:
-        described = kinds[name].from_dict({k: v for k, v in config.items() if k not in ("quantization_config",
-                                                                                        "auto_map")})
-        wanted = [getattr(transformers, a, None) for a in config.get("architectures") or () if isinstance(a, str)]
-        classes = [c for c in wanted if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
+        return kinds[name].from_dict({k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")})
+    except Exception as error:
+        return _refusal(error)
+
+
+def _refusal(error: Exception) -> str:
+    """What foreign code says to a configuration that it cannot use, whatever the class of its error."""
+    return f"transformers could not use it: {(str(error).strip() or repr(error)).splitlines()[0].rstrip('.')}"
+
+
+def _built(described: Any) -> nn.Module | str:
+    """The model that a configuration of transformers describes, on the meta device; or why there is none."""
+    if isinstance(described, str):
+        return described
+    import transformers
+
+    wanted = [getattr(transformers, str(name), None) for name in described.architectures or ()]
+    classes = [c for c in wanted if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
+    general = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel)
+    try:
         with torch.device("meta"):
             if classes:
                 return classes[0](described)
-            for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel):
-                if type(described) in kind._model_mapping:
-                    return kind.from_config(described)
-        return f"transformers has no model for model_type {name!r}"
-    except Exception as error:  # whatever foreign code says to a configuration that it cannot use
-        return f"transformers could not build it: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+            return next(k for k in general if type(described) in k._model_mapping).from_config(described)
+    except StopIteration:
+        return f"transformers has no model for model_type {described.model_type!r}"
+    except Exception as error:
+        return _refusal(error)
+
+
+def _beside(path: Path) -> Mapping[str, Any]:
+    """What a ``config.json`` beside the weights says about the transformer; {} where there is none."""
+    if not path.is_file():
+        return {}
+    config = _read_json(path)
+    return _settings(config, _completed(config)) or {}
+
+
+def _settings(config: Mapping[str, Any], described: Any) -> Mapping[str, Any] | None:
+    """The section about text, completed by the defaults of its family where transformers knows them."""
+    text = text_section(config)
+    if isinstance(described, str):
+        return text
+    own = described.to_dict()
+    return {**(text or {}), **(text_section(own) or {})} or None
 
 
 # ------------------------------------------------------------------------------------------- deployed directories
@@ -382,8 +424,7 @@ def _of_deployed(path: Path, numbers: Mapping[str, int]) -> Contents:
         raise ConfigError(f"{path / MANIFEST} is damaged: {error!r}.") from error
     found = Contents(str(path), "exact: the manifest of the deployed model", tuple(weights),
                      stored=("deployed", stored, scales))
-    settings = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    return _described(found, text_section(settings) or {}, numbers)
+    return _described(found, _beside(path / CONFIG), numbers)
 
 
 def _plans(layers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -435,22 +476,21 @@ def from_config(config: Mapping[str, Any], title: str, numbers: Mapping[str, int
     size = kind.itemsize if isinstance(kind, torch.dtype) else 4
     if text is not None:
         _described(Contents(title, "", ()), text, numbers)      # wrong numbers are said before anything is built
-    model: nn.Module | str = _built(config) if not numbers else "numbers were given beside it"
+    described = _completed(config)
+    text = _settings(config, described)
+    model = _built(described) if not numbers else "numbers were given beside it"
     if isinstance(model, nn.Module):
-        found = Contents(title, "exact: built by transformers on the meta device", tuple(weights_of(model, size)))
-        if lacking := _unquantized(model):
-            found = _with(found, notes=(f"{', '.join(lacking)}: modules without a quantized form in this package yet; "
-                                        "their matrices are counted as quantized.",))
-        return _described(found, text or {}, numbers)
-    if text is None:
+        return from_module(model, title, "exact: built by transformers on the meta device", text, numbers, size)
+    if text is None or transformer_of(text, numbers) is None:
         wanted = " or ".join(", ".join(KEYS[key][:3]) for key in ("layers", "hidden"))
         raise ConfigError(f"{title}: {CONFIG} says neither how many layers nor how wide ({wanted}), and {model}.")
     found = _described(Contents(title, f"estimate from {CONFIG} ({model})", ()), text, numbers)
-    assert found.transformer is not None
+    one = transformer_of(text, numbers)
+    assert one is not None
     notes: tuple[str, ...] = ()
     if text is not config and any(isinstance(v, dict) and v is not text and text_section(v) for v in config.values()):
         notes = ("The estimate counts the text model alone, not the other parts of the configuration.",)
-    return _with(replace(found, weights=tuple(_estimate(found.transformer, text, size))), notes=notes)
+    return _with(replace(found, weights=tuple(_estimate(one, text, size))), notes=notes)
 
 
 def transformer_of(config: Mapping[str, Any], numbers: Mapping[str, int] | None = None) -> Transformer | None:
@@ -473,7 +513,8 @@ def transformer_of(config: Mapping[str, Any], numbers: Mapping[str, int] | None 
     known_heads = said("heads")
     heads = known_heads or 1
     one_for_all = config.get("multi_query") is True and not config.get("new_decoder_architecture")
-    kv_heads = said("kv_heads") or nested("kv_heads") or (1 if one_for_all else heads)
+    kv_heads = 1 if one_for_all and "kv_heads" not in (numbers or {}) else said("kv_heads") or nested("kv_heads") \
+        or heads
     head_dim = said("head_dim") or max(1, hidden // heads)
     value_dim, latent = head_dim, said("latent") or 0
     if latent:
@@ -502,12 +543,13 @@ def transformer_of(config: Mapping[str, Any], numbers: Mapping[str, int] | None 
 def _described(found: Contents, config: Mapping[str, Any], numbers: Mapping[str, int]) -> Contents:
     """``found`` with the transformer that ``config`` and ``numbers`` make, and what must be said about it."""
     one = transformer_of(config, numbers)
-    if one is None:
+    headless = not any(key in config for key in KEYS["heads"]) and "heads" not in numbers
+    if one is None or (config and headless):
         lacking = [f"{key}=" for key in ("layers", "hidden", "heads") if key not in numbers]
         return _with(found, notes=("KV cache and activations are unknown: nothing here says layers and widths; give "
                                    f"{', '.join(lacking)} (and kv_heads=, intermediate=, vocabulary=).",))
     notes = []
-    if not any(key in config for key in KEYS["heads"]) and "heads" not in numbers:
+    if headless:
         notes.append("The number of heads is unknown: keys and values are taken to be as wide as hidden.")
     if not one.vocabulary:
         notes.append("The vocabulary is unknown: logits are not among the activations.")
@@ -578,6 +620,8 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """For each layer how many positions it keeps; () where all keep all."""
     window, chunk = config.get("sliding_window"), config.get("attention_chunk_size")
     kinds = config.get("layer_types")
+    if positive(config.get("state_size")) and not isinstance(kinds, list):
+        return (0,) * layers
     if isinstance(kinds, list) and len(kinds) == layers:
         sizes = {"full_attention": None, "sliding_attention": window if positive(window) else None,
                  "chunked_attention": chunk if positive(chunk) else None, "attention": None}

@@ -67,14 +67,14 @@ def cells(plan: MemoryPlan) -> tuple[list[str], list[list[str]]]:
 def _fits(need: Need, devices: tuple[int, ...]) -> str:
     """The smallest device that holds it, or how many of the largest do together."""
     largest = devices[-1]
-    return size(next(iter(need.fits(devices)), 0)) if need.total <= largest else f"{-(-need.total // largest)} x " \
-        f"{size(largest)}"
+    fitting = need.fits(devices)
+    return size(fitting[0]) if fitting else f"{-(-need.total // largest)}x{size(largest)}"
 
 
 def render_memory(plan: MemoryPlan) -> RenderableType:
-    """For ``rich.print``: the table, within 80 columns where figures are no longer than usual, and what it rests on."""
+    """For ``rich.print``: the table, within 80 columns, and what it rests on."""
     contents, work = plan.contents, plan.work
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     headers, rows = cells(plan)
     for i, header in enumerate(headers):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
@@ -90,15 +90,16 @@ def render_memory(plan: MemoryPlan) -> RenderableType:
         cache = {None: "16 bits (32 at FP32)", "same": "as wide as the weights", 0: "none"}.get(
             work.kv_bits, f"{work.kv_bits} bits")
         values = "16 bits (32 at FP32)" if work.activation_bits is None else f"{work.activation_bits} bits"
-        lines.append(f"Batch {work.batch} of {work.context:,} positions, {work.attention} attention. KV cache: {cache}. "
-                     f"Prefill, decode: peak of activations, {values}; total: with the greater of both.")
+        lines.append(f"Batch {work.batch} of {work.context:,} positions, {work.attention} attention. KV cache: {cache}."
+                     f" Prefill, decode: peak of activations, {values}; total: with the greater of both.")
     lines += contents.notes
     if contents.positions and work.context > contents.positions:
         lines.append(f"context={work.context} is more than the {contents.positions:,} positions that the model is made "
                      "for.")
     if not plan.rows[0].complete:
         lines.append("> total and devices: weights and scales alone.")
-    lines.append(f"Fits on: the smallest of {', '.join(map(size, plan.devices))} that holds the total, or how many of the "
-                 "largest; what the runtime itself needs is not counted.")
-    return Group(Text(contents.title, style="bold"), table, Padding(Text("\n".join(lines), style="dim"), (0, 0, 1, 0)))
+    lines.append(f"Fits on: the smallest of {', '.join(map(size, plan.devices))} that holds the total, or how many of "
+                 "the largest; what the runtime itself needs is not counted.")
+    return Group(Text(f"Memory of {contents.title}\n", style="italic"), table,
+                 Padding(Text("\n".join(lines), style="dim"), (1, 0)))
 
