@@ -82,7 +82,7 @@ def read_contents(plan: object, given: Mapping[str, int | None] | None = None) -
     path = Path(plan) if isinstance(plan, str) else None
     count = _count(plan)
     if count is not None:
-        return from_count(str(plan), count, numbers)
+        return from_count(f"{count:,} parameters", count, numbers)
     if path is None or not path.exists():
         raise ConfigError(f"plan={plan}: there is no such file or directory, and it is not a count such as 175B, 1.5e9 "
                           "or 7000000000.")
