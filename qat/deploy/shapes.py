@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,10 @@ def _count(plan: object) -> int | None:
     if suffix and suffix not in SUFFIXES:
         raise ConfigError(f"plan={plan}: {found[2]!r} is no unit of a count; units are {', '.join(SUFFIXES)} "
                           "(thousand, million, billion, trillion).")
-    value = float(found[1].replace("_", "")) * SUFFIXES.get(suffix, 1)
-    exact = int(found[1].replace("_", "")) if found[1].lstrip("+-").replace("_", "").isdigit() else None
-    number = round(value) if exact is None else exact * SUFFIXES.get(suffix, 1)
-    if not 0 < value < 1e18 or (exact is None and abs(value - number) > 1e-6 * value):
+    value = Decimal(found[1].replace("_", "")) * SUFFIXES.get(suffix, 1)
+    if not 0 < value < 10**18 or value != int(value):
         raise ConfigError(f"plan={plan}: a count of parameters is a positive whole number.")
-    return number
+    return int(value)
 
 
 def _of_directory(path: Path, numbers: Mapping[str, int]) -> Contents:
@@ -714,7 +713,8 @@ def from_count(title: str, parameters: int, numbers: Mapping[str, int] | None = 
         raise ConfigError(f"plan={title}: the tables of {numbers['vocabulary']:,} words of {width:,} values alone are "
                           f"{words:,} parameters.")
     rest = parameters - words
-    weights = [Weight("read hidden", rest - rest // 3, width), Weight("read intermediate", rest // 3, wide)]
+    third = rest // 24 * 8                                      # whole bytes at each width
+    weights = [Weight("read hidden", rest - third, width), Weight("read intermediate", third, wide)]
     if words:
         weights.append(Weight("words", words, width, "edge"))
     exact = "hidden" in numbers

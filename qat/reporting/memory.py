@@ -66,9 +66,8 @@ def cells(plan: MemoryPlan) -> tuple[list[str], list[list[str]]]:
 
 def _fits(need: Need, devices: tuple[int, ...]) -> str:
     """The smallest device that holds it, or how many of the largest do together."""
-    largest = devices[-1]
-    fitting = need.fits(devices)
-    return size(fitting[0]) if fitting else f"{-(-need.total // largest)}x{size(largest)}"
+    many = -(-need.total // devices[-1])
+    return size(need.fits(devices)[0]) if many == 1 else f"{many}x{size(devices[-1])}" if many < 1000 else "none"
 
 
 def render_memory(plan: MemoryPlan) -> RenderableType:

@@ -88,7 +88,7 @@ def test_counts(plan, count) -> None:
     [
         ("175X", "'X' is no unit of a count; units are K, M, B, T"),
         ("-7B", "positive whole number"), (-3, "positive whole number"), (0, "positive whole number"),
-        ("1.5", "positive whole number"), (float("nan"), "positive"), (float("inf"), "positive"), ("1e400", "positive"),
+        ("1.5", "positive whole number"), (float("nan"), "positive"), (float("inf"), "positive"), ("1e400", "positive"), ("0.0001K", "positive whole"),
         (True, "give a count"), ([1], "give a count"), ("nowhere/config.json", "no such file or directory"),
         ("many", "no such file or directory"), ("", "no such file|holds no"),
     ],
@@ -365,6 +365,24 @@ def test_the_plan_is_what_a_deployed_model_takes(make, recipe, precision, tmp_pa
         assert of_precision(again, "deployed").scales == row.scales
         assert of_precision(again, precision) == row
         assert again.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plan_of_a_configuration_is_what_the_deployed_language_model_takes(tied, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**LLAMA, "torch_dtype": "float32", "tie_word_embeddings": tied, "hidden_size": 128, "vocab_size": 1000}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict({**config, "use_cache": False})).eval()
+    x = {"input_ids": torch.randint(0, 300, (2, 5))}
+    deployed, _ = qat.convert(qat.calibrate(qat.prepare(model, "w4a16", example_inputs=x), [x]), [x])
+    qat.save(deployed, tmp_path / "deployed")
+    row = of_precision(read_contents(written(tmp_path, config)), "INT4")
+    file = (tmp_path / "deployed" / "model.safetensors").stat().st_size
+    assert row.weights + row.scales == pytest.approx(file, rel=0.03)
+    stored = of_precision(read_contents(str(tmp_path / "deployed")), "deployed")
+    assert (stored.weights, stored.scales) == (row.weights, row.scales)
+    model.save_pretrained(tmp_path / "float")
+    of_headers = of_precision(read_contents(str(tmp_path / "float")), "INT4")
+    assert of_headers == row
 
 
 def test_shapes_of_a_module_need_no_values() -> None:
