@@ -12,6 +12,7 @@ Exact shapes come before estimates, and :attr:`~qat.deploy.memory.Contents.sourc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -189,7 +190,7 @@ def _of_files(files: list[Path], path: Path, config: Path, numbers: Mapping[str,
     size = sum(math.ceil(math.prod(shape) * value_bytes(kind)) for shape, kind in header.values())
     names = {kind for _, kind in header.values()}
     stored = (f"stored ({'/'.join(sorted(names))})" if len(names) < 3 else "stored", size, 0)
-    if any(len(shape) > 1 and kind.startswith(("I", "U")) for shape, kind in header.values()):
+    if any(_is_matrix(shape) and kind.startswith(("I", "U")) for shape, kind in header.values()):
         note = "The files hold packed codes, which do not say their shapes: precisions are reckoned from config.json."
         if not settings:
             raise ConfigError(f"plan={path}: the files hold packed codes, and without a {CONFIG} beside them nothing "
@@ -348,9 +349,30 @@ def _completed(config: Mapping[str, Any]) -> Any:
     if not isinstance(name, str) or name not in kinds:
         return f"transformers does not know model_type {name!r}"
     try:
-        return kinds[name].from_dict({k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")})
+        with _offline():
+            return kinds[name].from_dict(_description(config))
     except Exception as error:
         return _refusal(error)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing is downloaded meanwhile, whatever a configuration may refer to."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _description(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without what asks for other code, kernels, values or a quantization: architecture alone."""
+    kept = {k: _description(v) if isinstance(v, dict) else v for k, v in config.items()
+            if k not in ("quantization_config", "auto_map") and not k.startswith("_")
+            and not k.endswith("_implementation")}
+    return {**kept, "use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else kept
 
 
 def _refusal(error: Exception) -> str:
@@ -368,7 +390,7 @@ def _built(described: Any) -> nn.Module | str:
     classes = [c for c in wanted if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
     general = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _offline():
             if classes:
                 return classes[0](described)
             return next(k for k in general if type(described) in k._model_mapping).from_config(described)
@@ -476,18 +498,17 @@ def from_config(config: Mapping[str, Any], title: str, numbers: Mapping[str, int
     if text is not None:
         _described(Contents(title, "", ()), text, numbers)      # wrong numbers are said before anything is built
     described = _completed(config)
-    text = _settings(config, described)
+    text = _settings(config, described) or {}
     model = _built(described) if not numbers else "numbers were given beside it"
     if isinstance(model, nn.Module):
         return from_module(model, title, "exact: built by transformers on the meta device", text, numbers, size)
-    if text is None or transformer_of(text, numbers) is None:
+    one = transformer_of(text, numbers)
+    if one is None:
         wanted = " or ".join(", ".join(KEYS[key][:3]) for key in ("layers", "hidden"))
         raise ConfigError(f"{title}: {CONFIG} says neither how many layers nor how wide ({wanted}), and {model}.")
     found = _described(Contents(title, f"estimate from {CONFIG} ({model})", ()), text, numbers)
-    one = transformer_of(text, numbers)
-    assert one is not None
     notes: tuple[str, ...] = ()
-    if text is not config and any(isinstance(v, dict) and v is not text and text_section(v) for v in config.values()):
+    if text_section(config) is not config and any(isinstance(v, dict) and v is not text_section(config) and text_section(v) for v in config.values()):
         notes = ("The estimate counts the text model alone, not the other parts of the configuration.",)
     return _with(replace(found, weights=tuple(_estimate(one, text, size))), notes=notes)
 
@@ -582,7 +603,7 @@ def _number(config: Mapping[str, Any], numbers: Mapping[str, int], key: str,
             if isinstance(value, str):
                 raise ConfigError(f"{name} of the configuration must be a positive whole number, not {value!r}.")
             continue
-        if value == 0 and names is None and key not in ("layers", "hidden", "heads"):
+        if (value == 0 and key not in ("layers", "hidden", "heads")) or (key == "positions" and not positive(value)):
             continue
         if not positive(value):
             raise ConfigError(f"{name} of the configuration must be a positive whole number, not {value!r}.")

@@ -29,8 +29,8 @@ def test_175_billion_parameters() -> None:
     assert not table["FP32"].complete
 
 
-@pytest.mark.parametrize("bits", (8, 4, 3, 2, 1))
-@pytest.mark.parametrize("role", ("matrix", "edge", "float"))
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+@pytest.mark.parametrize("role", ["matrix", "edge", "float"])
 def test_one_weight_costs_codes_and_scales(bits: int, role: str) -> None:
     weight = Weight("w", 7 * 96, 96, role, value_bytes=2)
     width = {"matrix": bits, "edge": 8, "float": 16}[role]

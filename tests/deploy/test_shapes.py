@@ -26,7 +26,8 @@ LLAMA = {
 }  # fmt: skip
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 3,
-    "n_positions": 64, "vocab_size": 200, "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+    "n_positions": 64, "vocab_size": 200, "n_inner": None, "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
 }  # fmt: skip
 MIXTURE = {
     **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
@@ -76,8 +77,8 @@ def of_precision(contents, name: str, **options):
 
 @pytest.mark.parametrize(
     ("plan", "count"),
-    [("175B", 175 * 10**9), ("1.5e9", 1_500_000_000), (1.5e9, 1_500_000_000), (7000000000, 7 * 10**9), ("350m", 35 * 10**7),
-     ("1.76T", 1_760_000_000_000), ("22k", 22000), ("7_000_000", 7 * 10**6), ("0.5B", 5 * 10**8), (1, 1)],
+    [("175B", 175 * 10**9), ("1.5e9", 1_500_000_000), (1.5e9, 1_500_000_000), (7000000000, 7 * 10**9),
+     ("350m", 35 * 10**7), ("1.76T", 1_760_000_000_000), ("22k", 22000), ("7_000_000", 7 * 10**6), ("0.5B", 5 * 10**8), (1, 1)],
 )  # fmt: skip
 def test_counts(plan, count) -> None:
     assert read_contents(plan).parameters == count
@@ -88,7 +89,8 @@ def test_counts(plan, count) -> None:
     [
         ("175X", "'X' is no unit of a count; units are K, M, B, T"),
         ("-7B", "positive whole number"), (-3, "positive whole number"), (0, "positive whole number"),
-        ("1.5", "positive whole number"), (float("nan"), "positive"), (float("inf"), "positive"), ("1e400", "positive"), ("0.0001K", "positive whole"),
+        ("1.5", "positive whole number"), (float("nan"), "positive"), (float("inf"), "positive"), ("1e400", "positive"),
+        ("0.0001K", "positive whole"),
         (True, "give a count"), ([1], "give a count"), ("nowhere/config.json", "no such file or directory"),
         ("many", "no such file or directory"), ("", "no such file|holds no"),
     ],
@@ -165,7 +167,8 @@ def test_what_the_families_say_is_understood(tmp_path) -> None:
     assert mixture.active == mixture.parameters - 3 * 2 * expert
     latent = found(SHARED).transformer
     assert (latent.latent, latent.head_dim, latent.value_dim, latent.dense_layers) == (32, 24, 20, 1)
-    assert (latent.experts, latent.active_experts, latent.expert_intermediate, latent.shared_intermediate) == (8, 2, 32, 32)
+    assert (latent.experts, latent.active_experts) == (8, 2)
+    assert (latent.expert_intermediate, latent.shared_intermediate) == (32, 32)
     one = {"d_model": 64, "n_layers": 2, "n_heads": 4, "attn_config": {"kv_n_heads": 2}, "vocab_size": 9,
            "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 96}, "model_type": "?"}
     nested = read_contents(written(tmp_path, one)).transformer
@@ -204,6 +207,34 @@ def test_nothing_is_run_that_a_configuration_names(tmp_path) -> None:
     assert read_contents(written(tmp_path, config)).source.startswith("estimate")
     known = read_contents(written(tmp_path, {**config, "model_type": "llama"}))
     assert known.source.startswith("exact")
+
+
+def test_nothing_is_downloaded_and_no_kernel_is_asked_for(tmp_path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("transformers")
+    before = hub.constants.HF_HUB_OFFLINE
+    wish = {"_attn_implementation": "somebody/kernels", "attn_implementation": "flash_attention_2"}
+    text = read_contents(written(tmp_path, {**LLAMA, **wish}))
+    assert text.source.startswith("exact")
+    assert text.parameters == read_contents(written(tmp_path, LLAMA)).parameters
+    nested = {**NESTED, "text_config": {**LLAMA, **wish}}
+    assert read_contents(written(tmp_path, nested)).source.startswith("exact")
+    assert hub.constants.HF_HUB_OFFLINE is before
+
+
+def test_numbers_complete_a_configuration(tmp_path) -> None:
+    path = written(tmp_path, {"model_type": "nobody's", "vocab_size": 50})
+    contents = read_contents(path, {"layers": 2, "hidden": 16, "heads": 2})
+    assert contents.transformer.vocabulary == 50
+    assert contents.parameters == 2 * 12 * 16**2 + 50 * 16 + 16 * (2 * 2 + 1)
+
+
+def test_zeros_and_open_ends_mean_nothing_there(tmp_path) -> None:
+    config = unknown({**LLAMA, "n_shared_experts": 0, "num_experts": 0, "max_position_embeddings": -1, "head_dim": None,
+                      "q_lora_rank": 0})
+    contents = read_contents(written(tmp_path, config))
+    assert contents.positions is None
+    assert contents.transformer.experts == 0
 
 
 def test_a_configuration_that_the_family_refuses_is_estimated(tmp_path) -> None:
@@ -292,8 +323,16 @@ def test_packed_codes_are_reckoned_from_the_configuration(tmp_path) -> None:
     assert any("packed codes" in note for note in contents.notes)
 
 
+def test_masks_and_positions_are_no_packed_codes(tmp_path) -> None:
+    save_file({"e.position_ids": torch.arange(9).view(1, 9), "h.0.mask": torch.ones(1, 1, 9, 9, dtype=torch.uint8),
+               "h.0.w.weight": torch.zeros(4, 6)}, tmp_path / "model.safetensors")
+    contents = read_contents(str(tmp_path))
+    assert contents.parameters == 24
+    assert of_precision(contents, "INT4").weights == of_precision(contents, "INT8").weights == 24 + 9 * 8 + 81
+
+
 def test_damaged_files(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="holds no manifest.json"):
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json"):
         read_contents(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
