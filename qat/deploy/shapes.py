@@ -498,7 +498,7 @@ def from_config(config: Mapping[str, Any], title: str, numbers: Mapping[str, int
     if text is not None:
         _described(Contents(title, "", ()), text, numbers)      # wrong numbers are said before anything is built
     described = _completed(config)
-    text = _settings(config, described) or {}
+    text = _settings(config, described) or config
     model = _built(described) if not numbers else "numbers were given beside it"
     if isinstance(model, nn.Module):
         return from_module(model, title, "exact: built by transformers on the meta device", text, numbers, size)
@@ -508,7 +508,9 @@ def from_config(config: Mapping[str, Any], title: str, numbers: Mapping[str, int
         raise ConfigError(f"{title}: {CONFIG} says neither how many layers nor how wide ({wanted}), and {model}.")
     found = _described(Contents(title, f"estimate from {CONFIG} ({model})", ()), text, numbers)
     notes: tuple[str, ...] = ()
-    if text_section(config) is not config and any(isinstance(v, dict) and v is not text_section(config) and text_section(v) for v in config.values()):
+    counted = text_section(config)
+    if counted is not config and any(isinstance(v, dict) and v is not counted and text_section(v)
+                                     for v in config.values()):
         notes = ("The estimate counts the text model alone, not the other parts of the configuration.",)
     return _with(replace(found, weights=tuple(_estimate(one, text, size))), notes=notes)
 
