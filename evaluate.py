@@ -1,4 +1,7 @@
-"""Measure a run again from what is on disk: ``python evaluate.py run=<folder>`` or ``deployed=<folder>``."""
+"""Measure a run again from what is on disk: ``python evaluate.py run=<folder>`` or ``deployed=<folder>``.
+
+``plan=<directory, config.json or count>`` says what a model needs in memory, ``sweep=<folder>`` shows many runs.
+"""
 
 import os
 from pathlib import Path

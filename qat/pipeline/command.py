@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -23,13 +25,16 @@ from rich.markup import escape
 from yaml import YAMLError
 
 import qat
+from qat.deploy.checkpoint import MANIFEST
+from qat.deploy.memory import Contents, MemoryPlan, Workload, plan_memory
+from qat.deploy.shapes import NAMED_BY_USER, from_module, read_contents
 from qat.errors import ConfigError, QuantizationError, nearest
-from qat.pipeline.config import FOLDED, OF_THE_CALL, STORED, check_keys, run_config, stored_config
+from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, check_keys, run_config, stored_config
 from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim, write_text
-from qat.reporting import compare, read_csv, read_sweep
-from qat.training.build import allow_targets, build
+from qat.reporting import compare, read_csv, read_devices, read_sweep, render_memory
+from qat.training.build import allow_targets, build, plain
 
 OVERRIDES = ("weight", "input", "rules", "edges", "backward_dtype", "calibration")  # of Recipe.preset
 Task = Callable[[DictConfig, Console], None]
@@ -117,13 +122,18 @@ def train(config: DictConfig, console: Console) -> None:
 
 
 def evaluate(config: DictConfig, console: Console) -> None:
-    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table."""
+    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table; or
+    show the runs of a sweep, or what a model needs in memory."""
     check_keys(config, STORED + FOLDED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
-    if sum(value is not None for value in (config.run, config.deployed, config.sweep)) != 1:
+    if sum(value is not None for value in (config.run, config.deployed, config.sweep, config.plan)) != 1:
         raise ConfigError(
-            "Say what to evaluate: run=<run folder>, deployed=<deployed folder> or sweep=<folder of run folders>."
+            "Say what to evaluate: run=<run folder>, deployed=<deployed folder>, sweep=<folder of run folders> or "
+            "plan=<directory, config.json or parameter count>."
         )
+    if config.plan is not None:
+        console.print(render_memory(_memory(plain({key: config[key] for key in OF_THE_PLAN}))))
+        return
     folder = Path(config.run or config.deployed or config.sweep)
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}.")
@@ -148,6 +158,35 @@ def evaluate(config: DictConfig, console: Console) -> None:
     console.print(
         f"Every figure equals the one in {_shown(table)} (latency is not compared).", style="green", soft_wrap=True
     )
+
+
+def _memory(options: dict[str, Any]) -> MemoryPlan:
+    """What ``plan=`` and its options ask for."""
+    plan, numbers = options.pop("plan"), {key: options.pop(key) for key in NAMED_BY_USER}
+    devices = read_devices(options.pop("device"))
+    folder = Path(plan) if isinstance(plan, str) else None
+    if folder is not None and (folder / "config.yaml").is_file() and not (folder / MANIFEST).is_file():
+        contents = _contents_of_run(folder, numbers)
+    else:
+        contents = read_contents(plan, numbers)
+    if options["context"] is None:
+        options["context"] = min(2048, contents.positions or 2048)
+    return plan_memory(contents, Workload(**options), devices)
+
+
+def _contents_of_run(folder: Path, numbers: dict[str, Any]) -> Contents:
+    """The network of a run, built without values where it can be, and what the run has deployed."""
+    described = stored_config(folder)["model"]
+    try:
+        with torch.device("meta"):
+            model = build(described, "model")
+    except (RuntimeError, NotImplementedError):  # it computes with values when it is built
+        model = build(described, "model")
+    known = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else described
+    contents = from_module(model, str(folder), "exact: the model of the run", known, numbers)
+    if (folder / "deployed" / MANIFEST).is_file():
+        contents = dataclasses.replace(contents, stored=read_contents(str(folder / "deployed")).stored)
+    return contents
 
 
 def _aggregate(folder: Path, console: Console) -> None:

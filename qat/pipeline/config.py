@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import qat
 from qat.compression.distillation import Distillation
 from qat.deploy.checkpoint import MANIFEST
+from qat.deploy.shapes import NAMED_BY_USER
 from qat.errors import ConfigError, nearest
 from qat.pipeline.evaluation import MODELS
 from qat.training.averaging import check_decay
@@ -28,8 +29,12 @@ STORED = (
 )  # fmt: skip
 # ... what becomes part of the recipe ...
 FOLDED = ("calibration",)
-# ... and what describes one call of the command.
-OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep")
+# ... and what describes one call of the command; first what plan= takes.
+OF_THE_PLAN = (
+    "plan", "device", "context", "batch", "kv_bits", "activation_bits", "group_size", "scale_dtype", "zero_points",
+    "attention", *NAMED_BY_USER,
+)  # fmt: skip
+OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep", *OF_THE_PLAN)
 MODES = ("qat", "ptq")
 OF_THE_TEACHER = ("teacher", "teacher_model", "cache")
 """Keys of ``distill`` that say who teaches; the others are those of `qat.Distillation`."""

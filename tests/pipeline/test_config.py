@@ -15,7 +15,7 @@ import qat
 from qat.errors import ConfigError, QuantizationError, RecipeError
 from qat.pipeline import Run, run_config
 from qat.pipeline.command import explain
-from qat.pipeline.config import FOLDED, OF_THE_CALL, STORED, read_recipe
+from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, read_recipe
 from qat.training.build import build
 from qat.training.module import QuantizedTraining
 
@@ -61,7 +61,7 @@ def test_every_preset_has_a_recipe_config():
 
 
 def test_the_keys_of_the_files_are_the_known_keys():
-    assert set(composed()) == set(STORED + FOLDED + OF_THE_CALL) - {"run", "deployed", "sweep"}
+    assert set(composed()) == set(STORED + FOLDED + OF_THE_CALL) - {"run", "deployed", "sweep", *OF_THE_PLAN}
     assert set(composed(name="evaluate")) == set(STORED + FOLDED + OF_THE_CALL)
 
 
