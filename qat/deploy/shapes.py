@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qat.deploy.checkpoint import MANIFEST, TENSORS, read_manifest
+from qat.deploy.checkpoint import MANIFEST, file_names, read_manifest
 from qat.deploy.memory import Contents, Transformer, Weight, positive
 from qat.errors import CheckpointError, ConfigError
 from qat.modules.base import quantized_type
@@ -153,7 +153,8 @@ def _weight_files(path: Path) -> list[Path]:
         if missing := [f.name for f in files if not f.is_file()]:
             raise ConfigError(f"{index} names {', '.join(missing[:4])}, which is not there.")
         return files
-    return [path / TENSORS] if (path / TENSORS).is_file() else sorted(path.glob("*.safetensors"))
+    whole = path / file_names(1)[0]
+    return [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------------------------------------------- headers
