@@ -32,7 +32,7 @@ from qat.compression import (
     prune_channels,
     sparsity,
 )
-from qat.deploy import Certificate, convert, load, save
+from qat.deploy import Certificate, convert, load, resident_bytes, save, stream, without_weights
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat, MatMul
 from qat.numerics.formats import TensorSpec
@@ -52,7 +52,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
-           "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec", "adapter_state",
-           "add_adapters", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm", "freeze_ranges",
-           "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels",
-           "reestimate_batch_norm", "save", "set_observing", "set_rung", "sparsity"]
+           "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec",
+           "adapter_state", "add_adapters", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm",
+           "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune",
+           "prune_channels", "reestimate_batch_norm", "resident_bytes", "save", "set_observing", "set_rung",
+           "sparsity", "stream", "without_weights"]

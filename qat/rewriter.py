@@ -297,7 +297,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         if quantized is None or quantized.replaces.__name__ != layer.kind:
             raise PrepareError(f"{name} is a {type(module).__name__}, but the plan was made for a {layer.kind}")
         quantized.swap(module, name, layer)
-    swapped, home = quantized_modules(model), next((p.device for p in model.parameters()), None)
+    swapped, home = quantized_modules(model), next((p.device for p in model.parameters() if not p.is_meta), None)
     for one in swapped.values():
         one.backward_dtype = plan.backward_dtype
         if one.plan.tied_to is not None:

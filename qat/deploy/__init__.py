@@ -1,6 +1,7 @@
 """From a prepared model to files: convert, certificate, checkpoint."""
 
 from qat.deploy.checkpoint import load, save
-from qat.deploy.convert import Certificate, convert
+from qat.deploy.convert import Certificate, convert, resident_bytes
+from qat.deploy.streaming import stream, without_weights
 
-__all__ = ["Certificate", "convert", "load", "save"]
+__all__ = ["Certificate", "convert", "load", "resident_bytes", "save", "stream", "without_weights"]

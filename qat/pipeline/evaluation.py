@@ -155,6 +155,7 @@ def measure(
                 latency.get(name),
                 float(divergence[name].compute()) if divergence[name].update_called else None,
                 decode.get(name),
+                qat.resident_bytes(models[name]) if name in there else None,
             )
             for name in models
         ],

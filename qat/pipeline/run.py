@@ -203,6 +203,7 @@ class Run:
         with without_weights():
             network = build(self.config["model"], "model")
         batches = list(self._inputs(self.schedule["calibration_batches"]))
+        _check_vocabulary(network, batches)
         shown = self.console.is_terminal and not self.console.quiet
         with Progress(*Progress.get_default_columns(), console=self.console, transient=True, disable=not shown) as bar:
             task = bar.add_task("quantize", total=None)
@@ -465,6 +466,20 @@ class Run:
             title: {stage: sorted(points.items()) for stage, points in stages.items()}
             for title, stages in curves.items()
         }
+
+
+def _check_vocabulary(network: nn.Module, batches: Iterable[Any]) -> None:
+    """Refuse tokens that a language model without weights, which cannot be tried yet, has no embedding for.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    table = getattr(network, "get_input_embeddings", lambda: None)()
+    tokens = [b for b in batches if isinstance(b, torch.Tensor) and not b.is_floating_point()]
+    greatest = max((int(b.max()) for b in tokens), default=0)
+    if isinstance(table, nn.Embedding) and greatest >= table.num_embeddings:
+        raise ConfigError(f"data gives token {greatest}, but the model knows tokens below {table.num_embeddings} only: "
+                          "set data.tokenizer to the folder of its own tokenizer.")
 
 
 def _check_fit(network: nn.Module, example: Any) -> None:

@@ -37,6 +37,7 @@ class Row:
         latency_ms: median time for one batch, in milliseconds; None for a model that is not in memory.
         divergence: mean KL divergence of its predictions from the float model's, in nats; None where not measured.
         decode_ms: median time of one token at batch 1 on a cache; None for a model that generates no text.
+        resident: bytes that the model holds in memory after it has run; None for a model that is not in memory.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Row:
     latency_ms: float | None
     divergence: float | None = None
     decode_ms: float | None = None
+    resident: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +106,19 @@ class Results:
             columns[f"as {TITLES[self.prepared]}"] = lambda row: _shown(row.agreement_prepared, ".2%")
         if any(row.divergence is not None for row in self.rows):
             columns["KL"] = lambda row: _shown(row.divergence, ".4f")
-        columns |= {
-            "MB" if text else "bytes": lambda row: f"{row.bytes / 1e6:.4g}" if text else f"{row.bytes:,}",
-            "of float": lambda row: "" if whole is None else f"{row.bytes / whole:.2f}x",
-        }
         if text:
             columns |= {
+                "disk": lambda row: f"{row.bytes / 1e6:,.4g} MB",
+                "memory": lambda row: _shown(None if row.resident is None else row.resident / 1e6, ",.4g", " MB"),
                 "prefill": lambda row: _rate(self.tokens, row.latency_ms),
                 "decode": lambda row: _rate(1, row.decode_ms),
             }
         else:
-            columns["latency"] = lambda row: _shown(row.latency_ms, ".2f", " ms")
+            columns |= {
+                "bytes": lambda row: f"{row.bytes:,}",
+                "of float": lambda row: "" if whole is None else f"{row.bytes / whole:.2f}x",
+                "latency": lambda row: _shown(row.latency_ms, ".2f", " ms"),
+            }
         return list(columns), [[column(row) for column in columns.values()] for row in self.rows]
 
     def render(self) -> Table:
@@ -124,7 +128,7 @@ class Results:
             ("control: float, with the same extra training. QAT: prepared. deployed: integers.\n"
              if self.prepared == "qat" else "PTQ: calibrated. deployed: integers.\n" if self.tokens is None else "") +
             f"{', '.join(h for h in self.cells()[0] if h.startswith('as '))}: share of equal predictions. "
-            f"{'bytes' if self.tokens is None else 'MB'}: the weights file.\n"
+            + ("bytes: the weights file.\n" if self.tokens is None else "disk: the weights files.\n")
             + ("KL: divergence from the float model's predictions, in nats.\n"
                if any(row.divergence is not None for row in self.rows) else "")
             + (f"latency: median of one batch of {self.batch_size}, models alternating.\n" if self.tokens is None else
@@ -179,6 +183,7 @@ def read_csv(path: Path) -> Results:
                 line["model"], float(line["score"]), number(line["agreement_float"]),
                 number(line["agreement_prepared"]), int(line["bytes"]), number(line["latency_ms"]),
                 number(line["divergence"]), number(line["decode_ms"]),
+                int(line["resident"]) if line["resident"] else None,
             )
             for line in lines
         ]  # fmt: skip

@@ -138,6 +138,7 @@ def test_calibration_on_the_command_line_becomes_part_of_the_recipe():
     (["model.path=nowhere", "pretrained=null"], r"nowhere is not the folder"),
     (["model.path=nowhere"], r"no folder 'nowhere'"),
     (["data.tokenizer=nowhere"], r"nowhere holds no tokenizer"),
+    (["data.tokenizer=null", "data.path=null", "model.path={small}"], r"model knows tokens below 64"),
     (["model.dtype=int9"], "int9"),
     (["mode=ptqq"], "did you mean 'ptq'"),
     (["prune=magnitude"], "prune"),
@@ -145,6 +146,8 @@ def test_calibration_on_the_command_line_becomes_part_of_the_recipe():
     (["data.length=100000"], "smaller data.length"),
 ])
 def test_what_a_user_can_put_right_is_said(model, text, tmp_path, overrides, says):
+    if "model.path={small}" in overrides:
+        overrides[-1] = f"model.path={zoo.language_model_folder(tmp_path / 'small', vocab_size=64)}"
     with pytest.raises(ConfigError, match=says):
         make(tmp_path / "run", "experiment=ptq_causal_lm", f"model.path={model}", f"data.path={text}", *overrides
              ).execute()
