@@ -83,8 +83,7 @@ def gptq(weight: Tensor, hessian: Tensor, spec: TensorSpec, scale: Tensor | None
     turn = (importance.argsort(dim=1, stable=True) if order
             else torch.arange(inputs - 1, -1, -1, device=weight.device).expand(groups, -1))
     lower = _factor(_taken(_taken(hessian, turn).transpose(1, 2), turn), damp)
-    strength = lower.diagonal(dim1=1, dim2=2)
-    lower = lower.div_(strength.unsqueeze(1))
+    lower = lower.div_(lower.diagonal(dim1=1, dim2=2).clone().unsqueeze(1))
     given = _taken(matrix.reshape(groups, -1, inputs).transpose(1, 2), turn)            # groups, places, outputs
     kept = None if mask is None else _taken(mask.reshape(groups, -1, inputs).transpose(1, 2), turn)
     work = given.clone()                    # v in front of a place's turn, its error w - q behind it
@@ -399,12 +398,22 @@ def _round(module: QuantizedModule, hessian: Hessian, damp: float, order: bool) 
     held = quantizer.frozen
     at_work = quantizer.present() if held else quantizer.place(
         scale, zero_point if isinstance(zero_point, Tensor) else None)
-    values = affine.dequantize(codes, *at_work, spec).reshape(original.shape)
-    module.write_weight(values.to(original.dtype))
-    if torch.equal(module.quantized_weight().codes.flatten(1), codes):
+    if _write(module, affine.dequantize(codes, *at_work, spec).reshape(original.shape).to(original.dtype), codes):
         return f"gptq: output error {before / whole:.3g} -> {after / whole:.3g}"
-    module.write_weight(original)
     if not held:
         quantizer.restart()
         quantizer.quantize(original)
     return "rounded to nearest: its weight is computed from others and does not take the values of codes"
+
+
+def _write(module: QuantizedModule, values: Tensor, codes: Tensor) -> bool:
+    """Whether the weight takes these values, so that it has these codes; if not, it stays what it was."""
+    original = module.weight_matrix().detach().clone()
+    try:
+        module.write_weight(values)
+    except CalibrationError:
+        return False
+    if torch.equal(module.quantized_weight().codes.flatten(1), codes):
+        return True
+    module.write_weight(original)
+    return False
