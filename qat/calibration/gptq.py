@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.calibration.walk import Arrival, walk
-from qat.errors import CalibrationError, UnsupportedError
+from qat.errors import CalibrationError
 from qat.modules.base import QuantizedModule
 from qat.modules.composite import Composite, Part
 from qat.numerics import affine
@@ -89,25 +89,33 @@ def gptq(weight: Tensor, hessian: Tensor, spec: TensorSpec, scale: Tensor | None
     work = given.clone()                    # v in front of a place's turn, its error w - q behind it
     codes = torch.empty_like(given, dtype=spec.fmt.dtype)
     line = spec.replace(granularity="per_channel" if scale.dim() else "per_tensor", group_size=None)
-    across = torch.arange(groups, device=weight.device).unsqueeze(1)
+
+    def by_group(value: Any) -> Any:
+        """(groups * outputs, groups of inputs) to (groups, groups of inputs, outputs); anything else as it is."""
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        return value.reshape(groups, -1, value.shape[1]).transpose(1, 2).contiguous()
+
+    steps, offsets = by_group(scale), by_group(zero_point)
 
     def placing(low: int, high: int) -> list[tuple[Tensor, Tensor | int | None]]:
-        """Scale and zero point at each place, (groups * outputs,)."""
-        def spread(value: Tensor | int | None) -> Sequence[Any]:
-            if not isinstance(value, Tensor) or value.dim() < 2:
+        """Scale and zero point at each place: (), or (groups * outputs,)."""
+        def spread(value: Any) -> Sequence[Any]:
+            if not isinstance(value, Tensor) or value.dim() < 3:
                 return [value] * (high - low)
-            grouped = value.reshape(groups, -1, value.shape[1]).transpose(1, 2)
-            return grouped[across, turn[:, low:high] // size].transpose(0, 1).flatten(1).unbind()
-        return list(zip(spread(scale), spread(zero_point)))
+            return _taken(value, turn[:, low:high] // size).transpose(0, 1).flatten(1).unbind()
+        return list(zip(spread(steps), spread(offsets)))
 
     def place_group(low: int, high: int) -> None:
-        """Find the range of a group whose turn has come."""
-        assert scale is not None
+        """Find the range of a group whose turn has come, from the values that its inputs would take without a grid."""
         number = int(turn[0, low]) // size
-        found, offset = ranges(work[:, low:high].transpose(1, 2).reshape(-1, size), spec)
-        scale[:, number] = found.squeeze(1)
-        if isinstance(zero_point, Tensor) and offset is not None:
-            zero_point[:, number] = offset.squeeze(1)
+        wanted = given[:, low:high] + torch.linalg.solve_triangular(
+            lower[:, low:high, low:high].transpose(1, 2), work[:, low:high] - given[:, low:high], upper=True,
+            unitriangular=True)
+        found, offset = ranges(wanted.transpose(1, 2).reshape(-1, size), spec)
+        steps[:, number] = found.view(groups, -1)
+        if offset is not None:
+            offsets[:, number] = offset.view(groups, -1)
 
     def round_one_by_one(low: int, high: int) -> None:
         for place, (step, offset) in reversed(list(zip(range(low, high), placing(low, high)))):
@@ -137,9 +145,11 @@ def gptq(weight: Tensor, hessian: Tensor, spec: TensorSpec, scale: Tensor | None
         round_all(low, middle)
 
     round_all(0, inputs)
-    given = torch.empty_like(codes)
-    given[across, turn] = codes
-    return given.transpose(1, 2).reshape(weight.shape), scale, zero_point
+    if search:
+        scale = steps.transpose(1, 2).reshape(scale.shape)
+        zero_point = None if offsets is None else offsets.transpose(1, 2).reshape(scale.shape)
+    codes = _taken(codes, turn.argsort(dim=1))
+    return codes.transpose(1, 2).reshape(weight.shape), scale, zero_point
 
 
 def ranges(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
@@ -157,7 +167,9 @@ def _empty(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
 
 def _taken(stack: Tensor, turn: Tensor) -> Tensor:
     """The rows of each matrix (groups, rows, columns), in this order (groups, rows); a copy."""
-    return torch.stack([matrix.index_select(0, rows) for matrix, rows in zip(stack, turn)])
+    # contiguous first: picking rows is a matter of copying lines then, and not of single values
+    taken = [matrix.contiguous().index_select(0, rows) for matrix, rows in zip(stack, turn)]
+    return torch.stack(taken) if len(taken) > 1 else taken[0].unsqueeze(0)
 
 
 def _factor(hessian: Tensor, damp: float) -> Tensor:
@@ -249,12 +261,12 @@ def round_weights(model: nn.Module, batches: Sequence[Any], progress: Any = None
     modules = {n: m for n, m in quantized_modules(model).items() if isinstance(m.weight_quantizer, StaticQuantizer)}
     notes = {name: f"rounded to nearest: {why}" for name, why in _excluded(modules).items()}
     wanted = {n: m for n, m in modules.items() if n not in notes}
-    stops: dict[str, QuantizedModule] = {}
+    stops: dict[str, Any] = {}
     homes: dict[str, dict[str, QuantizedModule]] = {}
     names = {id(m): n for n, m in quantized_modules(model).items()}
     for name, module in wanted.items():
         stop = module.owner if isinstance(module, Part) else module
-        stops[names[id(stop)]] = stop  # type: ignore[assignment]
+        stops[names[id(stop)]] = stop
         homes.setdefault(names[id(stop)], {})[name] = module
     done, few = 0, []
 
@@ -271,8 +283,8 @@ def round_weights(model: nn.Module, batches: Sequence[Any], progress: Any = None
                 if progress is not None:
                     progress("gptq", done, len(wanted))
 
-    for stop in walk(model, batches, stops, work) if stops else ():
-        notes |= dict.fromkeys(homes[stop], UNREACHED)
+    for name in walk(model, batches, stops, work) if stops else ():
+        notes |= dict.fromkeys(homes[name], UNREACHED)
     if few:
         shown = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
         warnings.warn(f"gptq: fewer rows than inputs, so their Hessians are singular and the damping carries them: "
@@ -387,12 +399,12 @@ def _round(module: QuantizedModule, hessian: Hessian, damp: float, order: bool) 
         raise CalibrationError(f"{module.name}: {error}") from None
     some = slice(None, None, max(1, len(matrix) // len(mean) // 256))       # outputs of each group, evenly spaced
 
-    def error(change: Tensor) -> float:
+    def on_outputs(change: Tensor) -> float:
         return float(output_error(change.reshape(len(mean), -1, change.shape[1])[:, some].flatten(0, 1), mean))
 
-    before = error(matrix - nearest.dequantize(torch.float32).flatten(1))
-    after = error(matrix - affine.dequantize(codes, scale, zero_point, spec))
-    whole = error(matrix) or 1.0
+    before = on_outputs(matrix - nearest.dequantize(torch.float32).flatten(1))
+    after = on_outputs(matrix - affine.dequantize(codes, scale, zero_point, spec))
+    whole = on_outputs(matrix) or 1.0
     if after > before:
         return f"rounded to nearest: output error {before / whole:.3g}, gptq's would be {after / whole:.3g}"
     held = quantizer.frozen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from typing import Any
 
@@ -123,8 +122,9 @@ def test_a_singular_hessian_is_damped_until_it_works() -> None:
     x = correlated(3, 64)
     weight, hessian, spec = torch.randn(4, 64), hessian_of(x), weight_spec("int4")
     codes, scale, _ = gptq(weight, hessian, spec, damp=0.0)
+    nearest = affine.dequantize(affine.quantize(weight, scale, None, spec), scale, None, spec)
     assert output_error(weight - affine.dequantize(codes, scale, None, spec), hessian) \
-        < output_error(weight - affine.dequantize(affine.quantize(weight, scale, None, spec), scale, None, spec), hessian)
+        < output_error(weight - nearest, hessian)
     with pytest.raises(CalibrationError, match="positive definite"):
         gptq(weight, hessian - 1e9 * torch.ones(64, 64), spec)
     with pytest.raises(CalibrationError, match="NaN"):
@@ -177,7 +177,7 @@ def transformer() -> nn.Module:
 MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mlp": (mlp, (32,)), "cnn": (cnn, (3, 10, 10)), "lstm": (lstm, (12, 16)), "transformer": (transformer, (12, 16))}
 RECIPES: dict[str, dict[str, Any]] = {
-    "w4": {"weight": "int4"},
+    "w4": {"weight": {"format": "int4", "fixed": True}},
     "w3": {"weight": {"format": "int3", "observer": "mse"}},
     "w4a8": {"weight": {"format": "int4", "learned": "lsq", "observer": "mse"}, "input": "int8"},
 }
@@ -200,12 +200,9 @@ def test_a_model_comes_nearer_to_float_and_ships_the_codes_that_were_chosen(name
     model = MODELS[name][0]().eval()
     *batches, held_out = inputs(name, 48, 5)
     expected, errors, codes = model(held_out).detach(), {}, {}
+    steps: list[tuple[str, int, int]] = []
     for kind in ("nearest", "gptq"):
-        # both have ranges that stand still, so that the codes alone make the difference
-        rule = copy.deepcopy(RECIPES[scheme])
-        rule["weight"] = {"format": rule["weight"], "fixed": True} if isinstance(rule["weight"], str) else rule["weight"]
-        prepared = qat.prepare(model, recipe(rule, *(["gptq"] if kind == "gptq" else [])), held_out)
-        steps: list[tuple[str, int, int]] = []
+        prepared = qat.prepare(model, recipe(RECIPES[scheme], *(["gptq"] if kind == "gptq" else [])), held_out)
         threads = threading.active_count()
         qat.calibrate(prepared, batches, progress=lambda *step: steps.append(step))
         assert threading.active_count() == threads
@@ -332,10 +329,11 @@ def test_few_rows_are_warned_about_once() -> None:
 
 
 def test_bad_inputs_name_the_layer() -> None:
-    prepared = qat.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), recipe({"weight": "int4"}, "gptq"))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    prepared = qat.prepare(model, recipe({"weight": "int4"}, "gptq"))
     x = torch.randn(8, 4)
     x[3, 2] = torch.inf
-    with pytest.raises(CalibrationError, match="^0: NaN or infinity"):
+    with pytest.raises(CalibrationError, match=r"^0: NaN or infinity"):
         qat.calibrate(prepared, [x])
 
 
@@ -382,7 +380,8 @@ def test_batches_are_cut_into_pieces_where_that_changes_nothing(layer: nn.Module
     from qat.calibration import gptq as module
 
     x = torch.randn(shape)
-    prepared = qat.calibrate(qat.prepare(nn.Sequential(layer), {"rules": [{"weight": "int4", "input": activation}]}), [x])
+    prepared = qat.prepare(nn.Sequential(layer), {"rules": [{"weight": "int4", "input": activation}]})
+    qat.calibrate(prepared, [x])
     found = []
     for limit in (1 << 24, 64):
         monkeypatch.setattr(module, "CHUNK", limit)
