@@ -13,6 +13,7 @@ a quarter of the work before the first code.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.calibration.walk import Arrival, walk
-from qat.errors import CalibrationError
+from qat.errors import CalibrationError, RecipeError
 from qat.modules.base import QuantizedModule
 from qat.modules.composite import Composite, Part
 from qat.numerics import affine
@@ -256,8 +257,13 @@ def round_weights(model: nn.Module, batches: Sequence[Any], progress: Any = None
         nearest and of what it has now (on some hundred outputs, evenly spaced, where there are more).
 
     Raises:
+        RecipeError: an option that means nothing.
         CalibrationError: NaN or infinity in the inputs of a layer; it is named.
     """
+    if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 <= damp < math.inf:
+        raise RecipeError(f"calibration gptq: damp is a share of the Hessian's diagonal such as 0.01, not {damp!r}")
+    if not isinstance(order, bool):
+        raise RecipeError(f"calibration gptq: order is true or false, not {order!r}")
     modules = {n: m for n, m in quantized_modules(model).items() if isinstance(m.weight_quantizer, StaticQuantizer)}
     notes = {name: f"rounded to nearest: {why}" for name, why in _excluded(modules).items()}
     wanted = {n: m for n, m in modules.items() if n not in notes}

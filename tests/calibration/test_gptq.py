@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.calibration.gptq import Hessian, gptq, output_error, ranges
-from qat.errors import CalibrationError
+from qat.errors import CalibrationError, RecipeError
 from qat.modules.attention import QuantizedMultiheadAttention
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -244,9 +244,42 @@ def test_groups_of_inputs_and_the_same_codes_again(options: dict[str, Any]) -> N
     assert (prepared(held_out) - expected).square().mean() < (nearest(held_out) - expected).square().mean()
 
 
-def test_training_goes_on_from_the_codes() -> None:
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("spec", [
+    {"format": "uint4", "symmetric": False, "granularity": "per_tensor"},
+    {"format": "uint3", "symmetric": False, "granularity": "per_group", "group_size": 8},
+    {"format": "int4", "learned": "lsq", "granularity": "per_group", "group_size": 8},
+    {"format": "int4", "scale_dtype": "bfloat16"}, {"format": "int2_midrise", "power_of_two": True},
+    {"format": "ternary"}, {"format": "binary", "granularity": "per_group", "group_size": 16}])
+def test_every_kind_of_range_is_placed_and_frozen_with_its_codes(spec: dict[str, Any], order: bool) -> None:
+    batches = inputs("mlp", 64, 3)
+    prepared = qat.prepare(mlp(), recipe({"weight": spec, "input": "int8"}, {"gptq": {"order": order}}), batches[0])
+    qat.calibrate(prepared, batches)
+    notes = prepared_state(prepared).notes
+    assert any(note.startswith("gptq: ") for note in notes.values())
+    codes = {}
+    for n, module in quantized_modules(prepared).items():
+        matrix, quantizer = module.weight_matrix(), module.weight_quantizer
+        assert torch.equal(quantizer(matrix), matrix) == notes[n].startswith("gptq: ")
+        codes[n] = quantizer.codes(matrix)
+    deployed, certificate = qat.convert(prepared, batches[:1])
+    assert certificate.equal
+    assert all(torch.equal(m.quantized_weight().codes, codes[n]) for n, m in quantized_modules(deployed).items())
+
+
+@pytest.mark.parametrize("options", [{"damp": -1}, {"damp": "0.1"}, {"damp": True}, {"damp": torch.nan}, {"order": 1}])
+def test_options_that_mean_nothing(options: dict[str, Any]) -> None:
+    prepared = qat.prepare(mlp(), recipe({"weight": "int4"}, {"gptq": options}))
+    with pytest.raises(RecipeError, match=f"gptq: {next(iter(options))}"):
+        qat.calibrate(prepared, inputs("mlp", 40, 1))
+
+
+@pytest.mark.parametrize("rule", [
+    RECIPES["w4a8"], {"weight": {"format": "int3", "granularity": "per_group", "group_size": 16}},
+    {"weight": {"format": "binary", "granularity": "per_group", "group_size": 16}}], ids=["w4a8", "w3", "w1"])
+def test_training_goes_on_from_the_codes(rule: dict[str, Any]) -> None:
     model, batches = mlp(), inputs("mlp", 64, 3)
-    prepared = qat.calibrate(qat.prepare(model, recipe(RECIPES["w4a8"], "gptq"), batches[0]), batches)
+    prepared = qat.calibrate(qat.prepare(model, recipe(rule, "gptq"), batches[0]), batches)
     optimizer = torch.optim.SGD(prepared.parameters(), 1e-2)
     before, losses = prepared[0].weight.clone(), []
     for _ in range(5):
