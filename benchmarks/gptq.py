@@ -1,7 +1,7 @@
 """GPTQ on one linear layer, int4 in groups of 128, against every library with GPTQ on a CPU that is installed.
 
     python benchmarks/gptq.py                 # 4096 x 4096
-    python benchmarks/gptq.py 1024 2048       # outputs, inputs
+    python benchmarks/gptq.py 1024 2048 5     # outputs, inputs, rounds
 
 All get the same weight and the same Hessian and run alternately in one process, seconds are the least of several
 rounds: from the Hessian to the rounded weight, with activation ordering (``ordered``) and without. Errors are

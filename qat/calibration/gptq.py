@@ -113,6 +113,7 @@ def gptq(weight: Tensor, hessian: Tensor, spec: TensorSpec, scale: Tensor | None
         wanted = given[:, low:high] + torch.linalg.solve_triangular(
             lower[:, low:high, low:high].transpose(1, 2), work[:, low:high] - given[:, low:high], upper=True,
             unitriangular=True)
+        wanted = wanted if kept is None else torch.where(kept[:, low:high], wanted, 0.0)
         found, offset = ranges(wanted.transpose(1, 2).reshape(-1, size), spec)
         steps[:, number] = found.view(groups, -1)
         if offset is not None:
