@@ -26,7 +26,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "hadamard": {"seed": 0},
     "smoothquant": {"alpha": 0.5},
     "awq": {"steps": 20, "clip": True},
-    "gptq": {"damp": 0.01, "order": True, "block": 128},
+    "gptq": {"damp": 0.01, "order": True},
     "adaround": {"steps": 400, "learning_rate": 1e-2, "weight": 0.01, "rows": 1024},
     "reconstruction": {"steps": 200, "learning_rate": 1e-4, "scale_learning_rate": 1e-4},
     "bias_correction": {},

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import nn
 
 from qat.calibration import processes
+from qat.calibration.gptq import round_weights
 from qat.calibration.ranges import find_ranges
 from qat.errors import CalibrationError, ConvertError, RecipeError
 from qat.quantizers.quantizer import DynamicQuantizer, StaticQuantizer
@@ -31,7 +32,7 @@ Driver = Callable[..., Mapping[str, str]]
 that it changed, or would have changed but could not."""
 
 REWRITES: dict[str, Driver] = {}
-ROUNDINGS: dict[str, Driver] = {}
+ROUNDINGS: dict[str, Driver] = {"gptq": round_weights}
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,

@@ -120,7 +120,8 @@ def quantize_marking(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, 
         clamped = x.clamp(grid.floor, grid.ceiling)
     inside = None
     if grid.clipped and fmt.grid == "sign":
-        inside = (clamped.abs() <= affine.aligned(scale, clamped, spec) * SIGN_WINDOW).view(torch.uint8)
+        size = affine.blocks(clamped.abs(), spec)
+        inside = (size <= affine.aligned(scale, size, spec) * SIGN_WINDOW).view(torch.uint8).reshape(x.shape)
         codes = affine.quantize(clamped, scale, zero_point, spec)
     elif grid.clipped:
         codes, inside = affine.quantize_marking(clamped, scale, zero_point, spec, above_only=absorbed)

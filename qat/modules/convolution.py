@@ -7,6 +7,8 @@ flipped, so that every backend serves it. Its weight is seen, and stored, as tha
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +29,18 @@ def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
     return ste.rearranged(x, x.codes.unsqueeze(0), lambda g: g.squeeze(0)) if x.codes.dim() == dims + 1 else x
 
 
+def window_rows(x: Tensor, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+                ) -> Tensor:
+    """What a kernel sees at each place of a padded input: (batch, in, *spatial) to (groups, places, in * kernel)."""
+    dims = len(kernel)
+    for dim, (size, step, spread) in enumerate(zip(kernel, stride, dilation)):
+        x = x.unfold(2 + dim, (size - 1) * spread + 1, step)[..., ::spread]
+    batch, channels, *rest = x.shape
+    grouped = x.reshape(batch, groups, channels // groups, *rest)
+    places, taps = list(range(3, 3 + dims)), list(range(3 + dims, 3 + 2 * dims))
+    return grouped.permute(1, 0, *places, 2, *taps).reshape(groups, -1, channels // groups * math.prod(kernel))
+
+
 class QuantizedConvolution(QuantizedModule):
     """x (batch, in, *spatial) or (in, *spatial); weight (out, in // groups, *kernel)."""
 
@@ -42,12 +56,7 @@ class QuantizedConvolution(QuantizedModule):
             values = F.pad(values, [n for pair in zip(reversed(before), reversed(after)) for n in pair])
         else:
             values = self._pad(values)
-        for dim, (size, stride, dilation) in enumerate(zip(self.kernel_size, self.stride, self.dilation)):
-            values = values.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        batch, channels, *rest = values.shape
-        grouped = values.reshape(batch, self.groups, channels // self.groups, *rest)
-        places, taps = list(range(3, 3 + dims)), list(range(3 + dims, 3 + 2 * dims))
-        return grouped.permute(1, 0, *places, 2, *taps).reshape(self.groups, -1, self.weight[0].numel())
+        return window_rows(values, self.groups, self.kernel_size, self.stride, self.dilation)
 
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
@@ -153,6 +162,14 @@ class QuantizedTransposedConvolution(QuantizedModule):
         grouped = matrix.reshape(self.groups, -1, *matrix.shape[1:]).transpose(1, 2).flip(taps)
         return grouped.reshape(self.in_channels, self.out_channels // self.groups, *matrix.shape[2:])
 
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        """As for every layer: the rows of the plain convolution, without what ``output_size`` adds at the edge."""
+        dims = len(self.kernel_size)
+        values = self.float_input(x)
+        values = values if values.dim() == dims + 2 else values.unsqueeze(0)
+        spread, _ = self._canvas(values.shape[2:], list(self.output_padding))
+        return window_rows(spread(values, 0.0), self.groups, self.kernel_size, (1,) * dims, self.dilation)
+
     def forward(self, input: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
         x = input
         dims = len(self.kernel_size)
@@ -186,17 +203,24 @@ class QuantizedTransposedConvolution(QuantizedModule):
         if not x.spec.fmt.has_zero:
             raise UnsupportedError(f"{self.name}: {x.spec.fmt} has no zero to spread the input with; use an affine "
                                    "format for the input of transposed convolutions")
+        spread, back = self._canvas(x.shape[2:], extra)
+        return ste.rearranged(x, spread(x.codes, int(x.zero_point or 0)), back)
+
+    def _canvas(self, sizes: torch.Size, extra: list[int]
+                ) -> tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor], Tensor]]:
+        """How an input of these spatial sizes is spread on a canvas filled with a value, and how its gradient comes
+        back."""
         margins = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)]
-        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride)]
+        spans = [(n - 1) * s + 1 for n, s in zip(sizes, self.stride)]
         window = (slice(None), slice(None), *(slice(max(0, m), max(0, m) + n, s)
-                                              for m, n, s in zip(margins, sizes, self.stride)))
-        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, sizes, extra)]
+                                              for m, n, s in zip(margins, spans, self.stride)))
+        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, spans, extra)]
         crop = (slice(None), slice(None), *(slice(max(0, -m), f - max(0, -(m + e)))
                                             for m, f, e in zip(margins, full, extra)))
 
-        def spread(codes: Tensor, fill: float) -> Tensor:
-            canvas = codes.new_full((*codes.shape[:2], *full), fill)
-            canvas[window] = codes
+        def spread(x: Tensor, fill: float) -> Tensor:
+            canvas = x.new_full((*x.shape[:2], *full), fill)
+            canvas[window] = x
             return canvas[crop]
 
         def back(g: Tensor) -> Tensor:
@@ -204,7 +228,7 @@ class QuantizedTransposedConvolution(QuantizedModule):
             canvas[crop] = g
             return canvas[window]
 
-        return ste.rearranged(x, spread(x.codes, int(x.zero_point or 0)), back)
+        return spread, back
 
 
 @register
