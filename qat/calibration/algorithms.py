@@ -86,6 +86,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
                               f"calibration: in the recipe given to prepare, not only now ({following[0]})")
     _release(model)
     state.notes.clear()
+    if ignore_nonfinite:        # algorithms get the batches that are good for ranges
+        batches = [batches[index] for index in find_ranges(model, batches, ignore_nonfinite, merge)]
     for algorithm in wanted:
         if algorithm.name in REWRITES:
             _note(state.notes, REWRITES[algorithm.name](model, batches, progress, **dict(algorithm.options)))

@@ -25,12 +25,15 @@ def activation_quantizers(model: nn.Module) -> list[Quantizer]:
 
 def find_ranges(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
                 merge: Literal["batches", "parts"] | None = "batches",
-                only: Collection[Quantizer] | None = None) -> None:
+                only: Collection[Quantizer] | None = None) -> list[int]:
     """The ranges of :func:`qat.calibrate`: every static one from data; learned scales get their start from it.
 
     Args:
         only: the quantizers whose ranges are set; the others stay as they are. None: all, but weights whose range
             somebody has placed.
+
+    Returns:
+        The numbers of the batches of this process that counted.
     """
     together = merge is not None and processes.several_processes()
     state = prepared_state(model)
@@ -45,13 +48,16 @@ def find_ranges(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool
             q.observing = True
             if together:
                 q.observer.mark()
+    kept: list[int] = []
     count, failure = 0, None
     try:
         try:
             with calibrating(model), evaluating(model), torch.no_grad():
                 for index, batch in enumerate(batches):
                     with _seeing_functions(model, state):
-                        count += _observe(model, batch, index, ignore_nonfinite, quantizers)
+                        if _observe(model, batch, index, ignore_nonfinite, quantizers):
+                            kept.append(index)
+                count = len(kept)
         except Exception as error:
             failure = error
             if not together:
@@ -80,6 +86,7 @@ def find_ranges(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool
                 weights.restart()
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
+    return kept
 
 
 @contextmanager
@@ -110,19 +117,19 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             module.calibrating = False
 
 
-def _observe(model: nn.Module, batch: Any, index: int, ignore: bool, quantizers: list[StaticQuantizer]) -> int:
-    """Run one batch; 1 if it counted."""
+def _observe(model: nn.Module, batch: Any, index: int, ignore: bool, quantizers: list[StaticQuantizer]) -> bool:
+    """Run one batch; whether it counted."""
     kept = [q.observer.snapshot() for q in quantizers] if ignore else []
     try:
         run(model, batch)
-        return 1
+        return True
     except CalibrationError as error:
         if not ignore:
             raise CalibrationError(f"batch {index}: {error}") from None
         for q, snapshot in zip(quantizers, kept):
             q.observer.restore(snapshot)
         warnings.warn(f"batch {index} left out of calibration: {error}", stacklevel=3)
-        return 0
+        return False
 
 
 def _warn(quantizers: list[StaticQuantizer]) -> None:

@@ -142,6 +142,17 @@ def test_a_placed_range_stands_still_and_codes_stay_what_they_were_chosen_to_be(
     assert layer.weight_quantizer.scale.tolist() != pytest.approx([0.1] * 4)     # found anew
 
 
+def test_algorithms_get_the_batches_that_are_good_for_ranges() -> None:
+    model = qat.prepare(nn.Sequential(nn.Linear(8, 4)), {
+        "calibration": ["gptq"], "rules": [{"weight": "int4", "input": "int8"}]}, torch.randn(2, 8))
+    bad = torch.full((9, 8), torch.nan)
+    with pytest.warns(UserWarning, match="batch 1 left out"):
+        qat.calibrate(model, [torch.randn(20, 8), bad, torch.randn(20, 8)], ignore_nonfinite=True)
+    assert torch.isfinite(model(torch.randn(2, 8))).all()
+    with pytest.raises(CalibrationError, match="batch 1"):
+        qat.calibrate(model, [torch.randn(20, 8), bad])
+
+
 def test_an_algorithm_that_chooses_codes_must_be_known_to_prepare() -> None:
     model = qat.prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8", torch.randn(2, 8))
     with pytest.raises(qat.errors.RecipeError, match="prepare"):
