@@ -211,7 +211,8 @@ def compare(measured: Results, stored: Results) -> list[str]:
             continue
         for field in ("score", "agreement_float", "agreement_prepared", "bytes", "divergence"):
             now, then = getattr(row, field), getattr(old, field)
-            if field == "divergence" and None not in (now, then) and math.isclose(now, then, rel_tol=1e-4, abs_tol=1e-6):
+            close = None not in (now, then) and math.isclose(now, then, rel_tol=1e-4, abs_tol=1e-6)
+            if field == "divergence" and close:
                 continue        # a mean over all classes: its last digits depend on the number of threads
             if now is not None and now != then:
                 name = measured.metric if field == "score" else field
