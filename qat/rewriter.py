@@ -23,6 +23,7 @@ from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
+from qat.modules.parameters import SUFFIX, QuantizedParameters, watching
 from qat.modules.precision import NarrowFloat, keep_in
 from qat.modules.traced import KINDS, Traced, replace_functions, restore
 from qat.planning import Plan, Planner
@@ -88,21 +89,26 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
             raise PrepareError(f"this model cannot be copied ({error}); give inplace=True, or use the weight norm of "
                                "nn.utils.parametrizations") from None
     traced = _functions_to_modules(model, recipe, example_inputs)
-    trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
-    plan = Planner(model, recipe, trace).plan()
+    if example_inputs is None:
+        trace, readings = trace_symbolically(model), None
+    else:
+        with watching(model) as readings:
+            trace = trace_by_running(model, example_inputs)
+    plan = Planner(model, recipe, trace, readings).plan()
     if example_inputs is not None and plan.structured and not _same_function(model, plan, example_inputs):
         warnings.warn("this model reads values between layers in ways that tracing does not see, so no batch norm is "
                       "folded, no ReLU absorbed and no codes are passed on", stacklevel=2)
-        plan = Planner(model, recipe, None).plan()
+        plan = Planner(model, recipe, None, readings).plan()
     plan.traced = traced
     model = carry_out(model, plan)
     functions = None
     if trace is not None and trace.executed:
-        functions = [c for c in trace.functions if not str(c.function).startswith("~") and c.owner not in plan.layers]
+        functions = [c for c in trace.functions if not str(c.function).startswith("~")
+                     and not plan.makes(c)]
     macs: dict[str, int] = {}
     for call in trace.calls if trace else ():
-        if call.module is not None:
-            macs[call.module] = macs.get(call.module, 0) + call.macs
+        for name in [call.module] if call.module is not None else [p for p in call.parameters if p in plan.parameters]:
+            macs[name] = macs.get(name, 0) + call.macs
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)
     return model
@@ -233,7 +239,11 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     for name, layer in plan.layers.items():
         if name not in modules:
             raise PrepareError(f"the plan names a module {name!r} that this model does not have")
-        module, quantized = modules[name], quantized_type(modules[name])
+        module = modules[name]
+        if layer.kind == QuantizedParameters.kind:
+            QuantizedParameters.swap(module, name, layer)
+            continue
+        quantized = quantized_type(module)
         if quantized is None or quantized.replaces.__name__ != layer.kind:
             raise PrepareError(f"{name} is a {type(module).__name__}, but the plan was made for a {layer.kind}")
         quantized.swap(module, name, layer)
@@ -361,12 +371,15 @@ def coverage(model: nn.Module) -> Coverage:
             continue                        # its composite has said it
         if id(module) in between:
             continue
-        if isinstance(module, QuantizedModule):
+        if isinstance(module, QuantizedParameters):
+            rows += _parameter_rows(name, module, state, seen)
+        elif isinstance(module, QuantizedModule):
             rows += _quantized_rows(name, module, state, seen)
             if isinstance(module, Composite):
                 held.update({id(h): p.name for p in module.parts.values()
                              if (h := p.source.holder(module)) is not module})
                 between |= {id(m) for m in module.between_activations.values()}
+        if isinstance(module, QuantizedModule):
             continue
         if id(module) in held:
             rows.append(Row(name, type(module).__name__, "quantized", "in parts", "in parts", 0, 0,
@@ -405,6 +418,21 @@ def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: s
     parts += [_quantized_row(f"{name}.{key}" if name else key, product, 0, 0)
               for key, product in module.between_activations.items()]
     return [_quantized_row(name, module, total - sum(macs.values()), _own_params(module, seen)), *parts]
+
+
+def _parameter_rows(name: str, module: QuantizedParameters, state: Prepared, seen: set[Any]) -> list[Row]:
+    """A row for each parameter that functions read, and one for all others of the module."""
+    rows = []
+    for part in module.parts.values():
+        own = f"{name}.{part.source.attribute}" if name else part.source.attribute
+        rows.append(_quantized_row(own, part, state.macs.get(own, 0), _part_params(part, seen)))
+    rest = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
+    if rest:
+        seen.update(id(p) for p in rest.values())
+        reasons = [state.plan.kept.get(f"{name}.{k}" if name else k, f"no matrix product reads {k}") for k in rest]
+        rows.append(Row(name, type(module).__name__, "kept", "", "", sum(p.numel() for p in rest.values()), 0,
+                        "; ".join(dict.fromkeys(reasons))))
+    return rows
 
 
 def _own_params(module: QuantizedModule, seen: set[Any]) -> int:

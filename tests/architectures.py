@@ -81,7 +81,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {
         **DECODER, **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2,
         "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-        "v_head_dim": 16, "first_k_dense_replace": 1}, _tokens),
+        "v_head_dim": 16, "head_dim": 8, "first_k_dense_replace": 1}, _tokens),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**DECODER, **EXPERTS}, _tokens),
     # encoders
     "bert": ("BertForMaskedLM", "BertConfig", ENCODER, _tokens),

@@ -37,6 +37,8 @@ class LayerPlan:
         chained: the input arrives as codes from the layer in front, so there is no input quantizer.
         emits_codes: every consumer of the output takes codes, so no float tensor is made.
         tied_to: name of the module whose weight, and weight quantizer, this one shares.
+        layout: of a parameter that functions read (see :mod:`qat.modules.parameters`): ``rows`` (..., out, in),
+            ``columns`` (..., in, out), ``kernel`` or ``table``.
         parts: for a composite (see :mod:`qat.modules.composite`): the plan of each of its products.
         reason: why the specs differ from the rule, if they do; for coverage.
     """
@@ -52,6 +54,7 @@ class LayerPlan:
     emits_codes: bool = False
     tied_to: str | None = None
     reason: str = ""
+    layout: str = ""
     parts: dict[str, LayerPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
