@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -232,16 +232,32 @@ class Planner:
         """The parameters of a module that are quantized by what functions do with them.
 
         They are those that a product reads in the forward of a module without a quantized form, or from outside of a
-        module with one (a head that is the table of an embedding, a convolution that is never called).
+        module with one (a head that is the table of an embedding, a convolution that is never called). The ``weight``
+        of a layer that is known, or derived from one, is one whatever reads it; and so is what nobody reads under this
+        name, but under another one (a table that a model keeps for its encoder and decoder).
         """
-        found = {a: r for (holder, a), r in self.readings.items() if holder == name and r.products}
-        whole = quantized is not None and not any(r.outside for r in found.values())
-        return {} if whole or (quantized is not None and issubclass(quantized, Composite)) else found
+        if quantized is not None and issubclass(quantized, Composite):
+            return {}
+        known = any(base in REGISTRY for base in type(module).__mro__)
+        found: dict[str, Reading] = {}
+        for attribute, parameter in module._parameters.items():
+            reading = self.readings.get((name, attribute))
+            if reading is None:
+                continue
+            if known and attribute == "weight" and reading.others:
+                reading = replace(reading, floating=[*reading.floating, *reading.others])
+            tied = any(other.products and self.modules[holder]._parameters.get(a) is parameter
+                       for (holder, a), other in self.readings.items())
+            if not (reading.products or reading.others) and tied:
+                reading = replace(reading, layouts=["table"])
+            if reading.products:
+                found[attribute] = reading
+        return {} if quantized is not None and not any(r.outside for r in found.values()) else found
 
     def obstacle(self, name: str, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
         """Why this module cannot be quantized, or None."""
         others = {a: r for (holder, a), r in self.readings.items() if holder == name and r.others and not r.products}
-        if quantized is None or (others and any(r.outside for r in others.values())):
+        if quantized is None:
             if others:
                 return "; ".join(f"{a} is read by {', '.join(dict.fromkeys(r.others))}, not by a matrix product"
                                  for a, r in others.items())

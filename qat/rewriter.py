@@ -369,6 +369,9 @@ def coverage(model: nn.Module) -> Coverage:
             continue
         if isinstance(module, Part):
             continue                        # its composite has said it
+        owner, computed, _ = f"{name}.".rpartition("parametrizations.")
+        if computed and isinstance(model.get_submodule(owner.rstrip(".")), QuantizedModule):
+            continue                        # what computes a quantized weight was counted with it
         if id(module) in between:
             continue
         if isinstance(module, QuantizedParameters):
@@ -442,7 +445,8 @@ def _own_params(module: QuantizedModule, seen: set[Any]) -> int:
         if id(module.weight_codes) not in seen:
             params += math.prod(module.weight_shape)
         seen.add(id(module.weight_codes))
-    for parameter in module._parameters.values():
+    computing = module._modules.get("parametrizations")
+    for parameter in (*module._parameters.values(), *(() if computing is None else computing.parameters())):
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
             params += parameter.numel()

@@ -144,8 +144,8 @@ class _Recorder(TorchFunctionMode):
         if func in _SHAPES or (not outputs and getattr(func, "__name__", "") in ("__get__", "__set__")):
             return result
         name = PRODUCTS.get(func)
-        used = [name for t in pytree.tree_leaves((args, kwargs))
-                if (name := getattr(t, "parameter", "") or self.names.get(id(t)))]   # the first: a piece of a parameter
+        used = [known for t in pytree.tree_leaves((args, kwargs))
+                if (known := getattr(t, "parameter", "") or self.names.get(id(t)))]     # a piece of a parameter, or all
         first = next((t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)), None)
         self.trace.calls.append(Call(
             None, name or f"~{getattr(func, '__name__', func)}", self.stack[-1], inputs, outputs,

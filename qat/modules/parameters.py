@@ -648,19 +648,20 @@ class _Watch:
         self.running: list[str] = []
 
     def read(self, func: Any, view: WeightView, args: Any, kwargs: Any) -> Any:
-        holder, _, attribute = view.parameter.rpartition(".")
         result = func(*_plain(args), **_plain(kwargs))
         if not any(isinstance(t, Tensor) for t in pytree.tree_leaves(result)):
             return result
-        reading = self.readings[holder, attribute]
         understood = _understood(func, view, args, kwargs)
-        if understood is not None:
-            reading.layouts.append(layout_of(understood))
-        elif func in FLOATING or func in SIGNATURES:
-            reading.floating.append(FLOATING.get(func) or func.__name__)
-        else:
-            reading.others.append(getattr(func, "__name__", str(func)))
-        reading.outside |= holder not in self.running
+        for other in {t.parameter: t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, WeightView)}.values():
+            holder, _, attribute = other.parameter.rpartition(".")
+            reading = self.readings[holder, attribute]
+            if understood is not None:
+                reading.layouts.append(layout_of(understood))
+            elif func in FLOATING or func in SIGNATURES:
+                reading.floating.append(FLOATING.get(func) or func.__name__)
+            else:
+                reading.others.append(getattr(func, "__name__", str(func)))
+            reading.outside |= holder not in self.running
         return result
 
 
