@@ -69,8 +69,10 @@ class Plan:
     def makes(self, call: Call) -> bool:
         """Whether a quantized module makes this product of a function in a way of its own."""
         owner = self.layers.get(call.owner)
-        return (owner is not None and owner.kind != QuantizedParameters.kind) \
-            or not self.parameters.isdisjoint(call.parameters)
+        if owner is not None and owner.kind != QuantizedParameters.kind:
+            return True
+        between = call.function == "multi_head_attention_forward"       # it makes products of activations too
+        return not between and not self.parameters.isdisjoint(call.parameters)
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
@@ -196,8 +198,8 @@ class Planner:
                 continue
             if issubclass(quantized, Composite):
                 used.update(r for r in parts.values() if r is not None)
-            if issubclass(quantized, Composite) and not read:
                 opaque.discard(name)
+            if issubclass(quantized, Composite) and not read:
                 held |= {_join(name, s.weight.rpartition(".")[0]) for s in quantized.sources(module).values()} - {name}
             used.add(rule)
             self.rules[name] = rule
@@ -252,6 +254,9 @@ class Planner:
                 reading = replace(reading, layouts=["table"])
             if reading.products:
                 found[attribute] = reading
+            elif reading.others:
+                self.result.kept[_join(name, attribute)] = (
+                    f"{attribute} is read by {', '.join(dict.fromkeys(reading.others))}, not by a matrix product")
         return {} if quantized is not None and not any(r.outside for r in found.values()) else found
 
     def obstacle(self, name: str, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
@@ -259,8 +264,7 @@ class Planner:
         others = {a: r for (holder, a), r in self.readings.items() if holder == name and r.others and not r.products}
         if quantized is None:
             if others:
-                return "; ".join(f"{a} is read by {', '.join(dict.fromkeys(r.others))}, not by a matrix product"
-                                 for a, r in others.items())
+                return "; ".join(self.result.kept[_join(name, a)] for a in others)
             base = next((b.__name__ for b in type(module).__mro__ if b in REGISTRY), None)
             if base is not None:
                 return f"{type(module).__name__} overrides the forward of {base}" + (

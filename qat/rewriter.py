@@ -402,8 +402,9 @@ def coverage(model: nn.Module) -> Coverage:
                             state.macs.get(name, 0), reason))
     for call in state.functions or ():
         used = f" of {', '.join(call.parameters)}" if call.parameters else ""
+        remedy = "; give prepare example_inputs, if it had none" if used else REMEDIES.get(str(call.function), "")
         rows.append(Row(f"{call.owner or 'model'}: {call.function}", "function", "kept", "", "", 0, call.macs,
-                        f"called as a function{used}: no module to swap{REMEDIES.get(str(call.function), '')}"))
+                        f"called as a function{used}: no module to swap{remedy}"))
     if state.functions is None:
         rows.append(Row("(function calls)", "function", "unobserved", "", "", 0, 0,
                         "seen when the model runs: give prepare example_inputs, or calibrate"))
@@ -433,7 +434,8 @@ def _parameter_rows(name: str, module: QuantizedParameters, state: Prepared, see
     if rest:
         seen.update(id(p) for p in rest.values())
         reasons = [state.plan.kept.get(f"{name}.{k}" if name else k, f"no matrix product reads {k}") for k in rest]
-        rows.append(Row(name, type(module).__name__, "kept", "", "", sum(p.numel() for p in rest.values()), 0,
+        _, kind = type(module).__dict__["_adopted"]
+        rows.append(Row(name, kind.__name__, "kept", "", "", sum(p.numel() for p in rest.values()), 0,
                         "; ".join(dict.fromkeys(reasons))))
     return rows
 
