@@ -146,6 +146,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
 }
 """Name -> model class, configuration class and its arguments, and a batch."""
 
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "jamba")
+
 
 def build(name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The model called ``name`` in eval, and a batch for it as a dict of keyword arguments."""

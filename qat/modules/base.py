@@ -122,6 +122,14 @@ def _rebuilt(mixin: type, kind: type) -> Any:
     return made.__new__(made)
 
 
+def _unparametrized(kind: Any) -> Any:
+    """The class that a module had before it got parametrizations, with the mixins that it has adopted since."""
+    if "_adopted" not in kind.__dict__:
+        return kind.__bases__[0]
+    mixin, below = kind.__dict__["_adopted"]
+    return _adopted_type(mixin, _unparametrized(below))
+
+
 def drop_float(module: nn.Module, name: str) -> None:
     """Let ``module`` forget its parameter ``name``, and whatever computed it (weight norm, spectral norm)."""
     if nn.utils.parametrize.is_parametrized(module, name):
@@ -129,6 +137,7 @@ def drop_float(module: nn.Module, name: str) -> None:
         del parametrizations[name]
         if not len(parametrizations):
             del module.parametrizations
+            module.__class__ = _unparametrized(type(module))        # that class refuses to be copied
     for handle, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", name) == name:
             del module._forward_pre_hooks[handle]
@@ -373,7 +382,7 @@ class QuantizedModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """A frozen module still answers to ``weight``: dequantized anew at each access, never stored."""
         if name == "weight" and "weight_codes" in self.__dict__.get("_buffers", {}):
-            return self.weight_from_matrix(self.quantized_weight().dequantize())
+            return self.weight_from_matrix(self.quantized_weight().dequantize(self.float_dtype))
         return super().__getattr__(name)
 
     def _apply(self, fn, recurse=True):
