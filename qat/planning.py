@@ -192,9 +192,12 @@ class Planner:
                 plan = self.composite(name, quantized, rule, parts)
             else:
                 plan = self.layer(quantized, rule)
+            if read:
+                used.update(r for r in parts.values() if r is not None)
             active = [p for p in (plan, *plan.parts.values()) if p.weight or p.input or p.output]
             if not active:
-                self.result.kept[name] = f"{rule} says nothing for a {plan.kind}"
+                said = {self.result.kept[_join(name, a)] for a in read if _join(name, a) in self.result.kept}
+                self.result.kept[name] = "; ".join(sorted(said)) or f"{rule} says nothing for a {plan.kind}"
                 continue
             if issubclass(quantized, Composite):
                 used.update(r for r in parts.values() if r is not None)

@@ -75,8 +75,8 @@ class WeightView(Tensor):
     def values(self) -> Tensor:
         """The values in floating point, with their gradient."""
         content = self.content
-        if isinstance(content, QuantizedTensor):
-            content = _dequantized(content, self.kernel, self.dtype)
+        if isinstance(content, QuantizedTensor):        # laid out alike, whether the codes were packed or not
+            content = _dequantized(content, self.kernel, self.dtype).contiguous()
         return content.transpose(-1, -2) if self.turned else content.to(self.dtype)
 
     @classmethod
