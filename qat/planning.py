@@ -406,7 +406,7 @@ class Planner:
                 plan.reason = f"group_size {size} does not divide {inputs} inputs: {divisor}"
             elif inputs % size:
                 wrong.append(f"{name} ({inputs} inputs)")
-            if plan.input is not None and (plan.kind not in ("Linear", "Part") or plan.layout == "kernel"):
+            if plan.input is not None and (plan.kind not in ("Linear", "Conv1D", "Part") or plan.layout == "kernel"):
                 raise PrepareError(f"{name}: per_group weights under integer activations are for Linear; give "
                                    f"{plan.kind} layers a rule with per_channel weights")
         if wrong:
@@ -415,7 +415,7 @@ class Planner:
 
     def out_channels(self, name: str) -> int:
         module = self.modules[name]
-        for attribute in ("out_features", "out_channels", "num_embeddings"):
+        for attribute in ("out_features", "out_channels", "num_embeddings", "nf"):
             if hasattr(module, attribute):
                 return int(getattr(module, attribute))
         raise PrepareError(f"{name}: cannot tell its output channels")
@@ -518,9 +518,9 @@ class Planner:
             if producer is None or producer.module not in self.result.layers:
                 continue
             plan = self.result.layers[producer.module]
-            channels_first = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5, "ConvTranspose1d": 3,
+            channels_first = {"Linear": 2, "Conv1D": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5, "ConvTranspose1d": 3,
                               "ConvTranspose2d": 4, "ConvTranspose3d": 5}.get(plan.kind)
-            fits = calls[0].dims == channels_first or (calls[0].dims == 0 and plan.kind != "Linear")
+            fits = calls[0].dims == channels_first or (calls[0].dims == 0 and channels_first != 2)
             if (fits and plan.kind != "Embedding" and plan.weight is not None and plan.input is not None
                     and plan.weight.granularity != "per_group" and plan.tied_to is None
                     and len(self.calls(producer.module)) == 1 and self.readers(source) == [calls[0]]

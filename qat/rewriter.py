@@ -23,7 +23,7 @@ from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
 from qat.modules.functional import take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
-from qat.modules.parameters import SUFFIX, QuantizedParameters, watching
+from qat.modules.parameters import QuantizedParameters, watching
 from qat.modules.precision import NarrowFloat, keep_in
 from qat.modules.traced import KINDS, Traced, replace_functions, restore
 from qat.planning import Plan, Planner
@@ -107,7 +107,10 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
                      and not plan.makes(c)]
     macs: dict[str, int] = {}
     for call in trace.calls if trace else ():
-        for name in [call.module] if call.module is not None else [p for p in call.parameters if p in plan.parameters]:
+        names = [call.module] if call.module is not None else [p for p in call.parameters if p in plan.parameters]
+        if not names and call.macs and call.owner in plan.layers:
+            names = [call.owner]        # a layer of another library, that called the function itself
+        for name in names:
             macs[name] = macs.get(name, 0) + call.macs
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)

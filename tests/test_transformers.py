@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from architectures import ARCHITECTURES, MIXTURES, build  # noqa: E402
+from architectures import ARCHITECTURES, MIXTURES, build
 
-import qat  # noqa: E402
-from qat.errors import CheckpointError  # noqa: E402
-from qat.modules.base import QuantizedModule  # noqa: E402
-from qat.modules.parameters import ParameterPart  # noqa: E402
-from qat.tracing import leaves  # noqa: E402
+import qat
+from qat.errors import CheckpointError
+from qat.modules.base import QuantizedModule
+from qat.modules.parameters import ParameterPart
+from qat.tracing import leaves
 
 UNUSED = ("mask_emb", "r_s_bias", "seg_embed", "masked_spec_embed", "mask_token")
 """Parameters that no forward of these batches reads: they get no gradient in the float model either."""
@@ -169,7 +169,7 @@ def test_an_expert_without_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["qwen2 tied", "gpt2", "gemma3", "bart", "t5"])
 def test_ties_are_kept(name: str, tmp_path: Path) -> None:
-    model, trained, batch = prepared(name, "w8a8")
+    _, trained, batch = prepared(name, "w8a8")
     deployed, _ = qat.convert(trained, [batch])
     heads = (deployed.get_input_embeddings(), deployed.get_output_embeddings())      # type: ignore[operator]
     assert len({id(b) for m in heads for n, b in m.named_buffers() if n.endswith("weight_codes")}) == 1
@@ -203,6 +203,27 @@ def test_generation_reads_raw_kernels_in_integers() -> None:
     rows = {r.name: r for r in qat.coverage(trained).rows}
     assert rows["backbone.layers.0.mixer.conv1d.weight"].status == "quantized"
     assert rows["backbone.layers.0.mixer.conv1d.weight"].input.startswith("int8")
+
+
+def test_linear_layers_with_turned_weights_need_no_example() -> None:
+    model, batch = build("gpt2")
+    unseen = qat.prepare(model, "w8a8")
+    rows = {r.name: r for r in qat.coverage(unseen).rows}
+    assert rows["transformer.h.0.attn.c_attn"].status == "quantized"
+    assert rows["transformer.h.0.attn.c_attn"].kind == "Conv1D"
+    seen = qat.prepare(model, "w8a8", example_inputs=batch)
+    rows = {r.name: r for r in qat.coverage(seen).rows}
+    assert rows["transformer.h.0.attn.c_attn"].macs == batch["input_ids"].numel() * 64 * 192
+    layer: Any = seen.get_submodule("transformer.h.0.attn.c_attn")
+    assert layer.weight.shape == (64, 192)
+    assert layer.weight_quantizer.shape == (192, 64)
+    for trained in (unseen, seen):
+        deployed, _ = qat.convert(qat.calibrate(trained, [batch]), [batch])
+        assert_equal(trained, deployed, batch)
+        row = torch.randn(1, 1, 64)
+        shipped: Any = deployed.get_submodule("transformer.h.0.attn.c_attn")
+        assert torch.equal(trained.get_submodule("transformer.h.0.attn.c_attn").eval()(row), shipped(row))
+        assert shipped.weight.shape == (64, 192)
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:

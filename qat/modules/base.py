@@ -485,11 +485,29 @@ def register(cls: type[QuantizedModule]) -> type[QuantizedModule]:
     return cls
 
 
+BY_NAME: dict[str, type[QuantizedModule]] = {}
+"""Dotted name of a module type of another library -> its quantized form; that library is never imported for it."""
+
+
+def register_by_name(*names: str) -> Any:
+    """Class decorator: ``prepare`` swaps modules of types with these dotted names for ``cls``, which leaves out
+    ``replaces``."""
+    def add(cls: type[QuantizedModule]) -> type[QuantizedModule]:
+        BY_NAME.update(dict.fromkeys(names, cls))
+        return cls
+    return add
+
+
 def quantized_type(module: nn.Module) -> type[QuantizedModule] | None:
     """The quantized class for a module: by its type, or a base type whose forward it did not override."""
     kind = type(module)
     if nn.utils.parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
+    for base in kind.__mro__:
+        foreign = BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
+        if foreign is not None and kind.forward is base.forward:
+            foreign.replaces = base
+            return foreign
     if kind in REGISTRY:
         return REGISTRY[kind]
     for base in kind.__mro__:

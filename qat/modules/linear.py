@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from qat.kernels import ste, table
 from qat.kernels.backends import FewCalls
-from qat.modules.base import QuantizedModule, register
+from qat.modules.base import QuantizedModule, register, register_by_name
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import FrozenQuantizer
 
 
-@register
-class QuantizedLinear(QuantizedModule, nn.Linear):
+class LinearProduct(QuantizedModule):
     """``y = x @ w.T + b`` on integers: x (..., in), w (out, in).
 
     With float activations (weight-only) the codes are dequantized and multiplied in floating point.
     """
 
-    replaces = nn.Linear
+    in_features: int
+    out_features: int
 
     def channels(self, role: str) -> tuple[int, ...]:
         return (self.in_features if role == "input" else self.out_features,)
@@ -35,7 +35,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if self._one_row and self._is_one_row(x):
             return self._one_row(x)
         if self.calibrating or self.plan.weight is None:
-            return self.finish(F.linear(self.float_input(x), self.float_weight(), self.bias))
+            return self.finish(F.linear(self.float_input(x), self.float_matrix(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             # torch multiplies strided inputs in one way or another, depending on whether the weight requires a gradient
@@ -70,6 +70,40 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             codes = QuantizedTensor(row, torch.ones(()), zero_point, spec)
             self._one_row = FewCalls(spec, kernel, ste.Product(codes, weight).multiplier_w(), self.bias, scale,
                                      int(zero_point or 0))     # a layer has one
+
+
+    def float_matrix(self) -> Tensor:
+        """The float weight as (out, in), with pruned values at zero."""
+        return self.float_weight()
+
+
+@register
+class QuantizedLinear(LinearProduct, nn.Linear):
+    """``nn.Linear`` on integers."""
+
+    replaces = nn.Linear
+
+
+@register_by_name("transformers.pytorch_utils.Conv1D")
+class QuantizedConv1D(LinearProduct):
+    """A linear layer whose weight is (in, out), on integers; its codes are (out, in) like every layer's."""
+
+    @property
+    def in_features(self) -> int:               # type: ignore[override]
+        return self.nx
+
+    @property
+    def out_features(self) -> int:              # type: ignore[override]
+        return self.nf
+
+    def weight_matrix(self) -> Tensor:
+        return self.weight.t()
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def float_matrix(self) -> Tensor:
+        return self.float_weight().t()
 
 
 @register

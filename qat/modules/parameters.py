@@ -1,4 +1,4 @@
-"""Parameters that functions read: experts stacked in one tensor, routers, weights of modules with a forward of their own.
+"""Parameters that functions read: stacked experts, routers, weights of modules with a forward of their own.
 
 ``F.linear(x, self.experts[e])`` has no module to swap. So whoever reads such a parameter gets a :class:`WeightView`
 instead, a stand-in that owns no values: indexing and transposing it only move along the codes, and a matrix product
@@ -108,8 +108,8 @@ def _dequantized(content: QuantizedTensor, kernel: bool, dtype: torch.dtype) -> 
 
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
-        "is_sparse", "is_quantized", "is_leaf", "grad", "grad_fn", "itemsize", "nbytes", "is_nested")),
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
+        "is_xpu", "is_sparse", "is_quantized", "is_leaf", "grad", "grad_fn", "itemsize", "nbytes", "is_nested")),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
     Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, Tensor.is_inference, Tensor.data_ptr,
     torch.is_floating_point, torch.is_complex, torch.numel, Tensor.is_shared, Tensor.is_pinned, Tensor.__hash__,
@@ -315,29 +315,32 @@ def _understood(func: Any, view: WeightView, args: Any, kwargs: Any) -> Read | N
     given = {**dict(zip(names, args)), **{aliases.get(k, k): v for k, v in kwargs.items()}}
     if set(given) - set(names) or sum(isinstance(t, WeightView) for t in pytree.tree_leaves(given)) != 1:
         return None                     # alpha, beta, out; two weights
-    if kind in ("linear", "convolution", "embedding") and given.get("weight") is not view:
-        return None
-    if kind == "linear":
-        return Read(func, args, kwargs, given, view.moved(view.content, not view.turned), "matmul", "input", "bias") \
-            if view.dim() == 2 and not view.kernel else None
-    if kind == "convolution":
-        return Read(func, args, kwargs, given, view, kind, "input", "bias") if not view.turned else None
-    if kind == "embedding":
-        return Read(func, args, kwargs, given, view, kind) if view.dim() == 2 and given.get("max_norm") is None else None
-    if view.kernel or "other" not in given:
+
+    def read(seen: WeightView, kind: str, **more: Any) -> Read:
+        return Read(func, args, kwargs, given, seen, kind, **more)
+
+    turned = view.moved(view.content, not view.turned)
+    if "weight" in names:
+        if given.get("weight") is not view:
+            return None
+        if kind == "linear":
+            return read(turned, "matmul", bias="bias") if view.dim() == 2 and not view.kernel else None
+        if kind == "convolution":
+            return read(view, kind, bias="bias") if not view.turned else None
+        return read(view, kind) if view.dim() == 2 and given.get("max_norm") is None else None
+    if view.kernel or "other" not in given or not 2 <= view.dim() <= 3:
         return None
     left = given["input"] is view
     x = given["other" if left else "input"]
-    bias = "bias" if kind == "added" else None
-    if not isinstance(x, Tensor) or x.dim() < (2 if left else 1) or (kind == "grouped" and (
-            left or x.dim() != 2 or view.dim() != 3 or given.get("offs") is None
-            or given.get("bias") is not None or given.get("out_dtype") is not None)):
+    if not isinstance(x, Tensor):
         return None
-    if view.dim() > 3 or (view.dim() == 3 and x.dim() != 3 and kind != "grouped"):
+    if kind == "grouped":
+        plain = given.get("bias") is None and given.get("out_dtype") is None and given.get("offs") is not None
+        return read(view, kind) if plain and not left and (x.dim(), view.dim()) == (2, 3) else None
+    if x.dim() < (2 if left else 1) or (view.dim() == 3 and x.dim() != 3):
         return None
-    seen = view.moved(view.content, not view.turned) if left else view
-    return Read(func, args, kwargs, given, seen, "grouped" if kind == "grouped" else "matmul", "other" if left else "input", bias,
-                left)
+    return read(turned if left else view, "matmul", x="other" if left else "input",
+                bias="bias" if kind == "added" else None, left=left)
 
 
 def layout_of(read: Read) -> str:
@@ -595,7 +598,7 @@ class QuantizedParameters(Composite):
         for block in blocks:
             block.__enter__()
         try:
-            return super()._call_impl(*args, **kwargs)          # type: ignore[misc]
+            return super()._call_impl(*args, **kwargs)
         finally:
             for block in reversed(blocks):
                 block.__exit__(None, None, None)
@@ -685,7 +688,7 @@ def watching(model: nn.Module) -> Iterator[dict[tuple[str, str], Reading]]:
             if parameter is not None and parameter.dim() > 1 and parameter.is_floating_point():
                 watch.readings[name, attribute] = Reading(shape=tuple(parameter.shape))
                 replaced.append((module, attribute, parameter))
-                module._parameters[attribute] = WeightView.of(      # type: ignore[assignment]
+                module._parameters[attribute] = WeightView.of(
                     watch, parameter.detach(), parameter=f"{name}.{attribute}" if name else attribute,
                     ghost=parameter.detach())
     try:
