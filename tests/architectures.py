@@ -83,6 +83,12 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
         "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
         "v_head_dim": 16, "head_dim": 8, "first_k_dense_replace": 1}, _tokens),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**DECODER, **EXPERTS}, _tokens),
+    "dbrx": ("DbrxForCausalLM", "DbrxConfig", {
+        "vocab_size": V, "d_model": W, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": W, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": W}}, _tokens),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", {
+        **DECODER, **EXPERTS, "intermediate_size_mlp": 2 * W}, _tokens),
     # encoders
     "bert": ("BertForMaskedLM", "BertConfig", ENCODER, _tokens),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", ENCODER, _tokens),
@@ -125,6 +131,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
     "swin": ("SwinForImageClassification", "SwinConfig", {
         "image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
         _pixels),
+    "segformer": ("SegformerForSemanticSegmentation", "SegformerConfig", {
+        "hidden_sizes": [32, 32, W, W], "depths": [1, 1, 1, 1], "decoder_hidden_size": W}, _pixels),
     "bit": ("BitModel", "BitConfig", {
         "embedding_size": 16, "hidden_sizes": [32, W], "depths": [1, 1], "num_groups": 8}, _pixels),
     "clip": ("CLIPModel", "CLIPConfig", {
@@ -137,6 +145,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
     "rwkv": ("RwkvForCausalLM", "RwkvConfig", {
         "vocab_size": V, "hidden_size": W, "num_hidden_layers": 2, "attention_hidden_size": W,
         "intermediate_size": 2 * W}, _tokens),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", {**DECODER, "layer_types": ["conv", "full_attention"]}, _tokens),
+    "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", {
+        **DECODER, **EXPERTS, "shared_expert_intermediate_size": W, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"]}, _tokens),
     "falcon_h1": ("FalconH1ForCausalLM", "FalconH1Config", {
         **DECODER, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
         "mamba_chunk_size": 8}, _tokens),
@@ -146,7 +159,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
 }
 """Name -> model class, configuration class and its arguments, and a batch."""
 
-MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "jamba")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "dbrx", "llama4", "qwen3_next", "jamba")
 
 
 def build(name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:

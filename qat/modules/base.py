@@ -500,7 +500,7 @@ def register_by_name(*names: str) -> Any:
 
 def quantized_type(module: nn.Module) -> type[QuantizedModule] | None:
     """The quantized class for a module: by its type, or a base type whose forward it did not override."""
-    kind = type(module)
+    kind: Any = type(module)
     if nn.utils.parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
     for base in kind.__mro__:

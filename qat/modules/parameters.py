@@ -14,6 +14,7 @@ Each expert has scales of its own: a parameter (..., out, in) is seen by its qua
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -214,20 +215,32 @@ def _unbind(view: WeightView, dim: int = 0) -> tuple[WeightView, ...] | None:
 
 
 def _reshape(view: WeightView, *shape: Any) -> WeightView | None:
-    """Rows in another order of dimensions: (experts * out, in) as (experts, out, in)."""
+    """Rows in another order of dimensions, seen from outside: (experts * rows, columns) as (experts, rows, columns)."""
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
     with torch._C.DisableTorchFunctionSubclass():
         new = tuple(torch.empty(view.shape, device="meta").reshape(sizes).shape)
-    content = view.content
-    if view.turned or view.kernel or len(new) < 2 or view.dim() < 2 or new[-1] != view.shape[-1]:
+    if view.kernel or len(new) < 2 or view.dim() < 2 or new[-1] != view.shape[-1] or (view.turned and view.dim() > 2):
         return None
+    content = view.content
+
+    def rearrange(value: Tensor) -> Tensor:
+        """Values, codes or scales: (..., out, in, or groups of it, or 1)."""
+        if not view.turned:
+            return value.reshape(*new[:-1], value.shape[-1])
+        lead = new[:-2]                                            # the inputs are divided among the matrices
+        if value.shape[-1] == 1:
+            return value.expand(*lead, *value.shape)
+        return value.reshape(value.shape[0], *lead, value.shape[-1] // math.prod(lead)).movedim(0, -2)
+
     if isinstance(content, Tensor):
-        return view.moved(content.reshape(new))
-    coarse, point = (*new[:-1], content.scale.shape[-1]), content.zero_point
+        return view.moved(rearrange(content))
+    if view.turned and content.scale.shape[-1] > 1 and content.scale.shape[-1] % math.prod(new[:-2]):
+        return None                                                # groups cut in two
+    point = content.zero_point
     return view.moved(replace(
-        content, codes=content.codes.reshape(new), scale=content.scale.reshape(coarse),
-        zero_point=point.reshape(coarse) if isinstance(point, Tensor) else point,
-        carrier=None if content.carrier is None else content.carrier.reshape(new)))
+        content, codes=rearrange(content.codes), scale=rearrange(content.scale),
+        zero_point=rearrange(point) if isinstance(point, Tensor) else point,
+        carrier=None if content.carrier is None else rearrange(content.carrier)))
 
 
 _PIECES: dict[str, Callable[..., Any]] = {
