@@ -132,7 +132,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
         "image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
         _pixels),
     "segformer": ("SegformerForSemanticSegmentation", "SegformerConfig", {
-        "hidden_sizes": [32, 32, W, W], "depths": [1, 1, 1, 1], "decoder_hidden_size": W}, _pixels),
+        "hidden_sizes": [32, 32, W, W], "depths": [1, 1, 1, 1], "decoder_hidden_size": W},
+        lambda: _pixels(64)),
     "bit": ("BitModel", "BitConfig", {
         "embedding_size": 16, "hidden_sizes": [32, W], "depths": [1, 1], "num_groups": 8}, _pixels),
     "clip": ("CLIPModel", "CLIPConfig", {
