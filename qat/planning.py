@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from qat.modules.base import REGISTRY, LayerPlan, QuantizedModule, quantized_typ
 from qat.modules.composite import Composite
 from qat.modules.functional import MOVERS, QuantizedFunction, QuantizedMatMul
 from qat.modules.normalization import clamp_of
+from qat.modules.parameters import SUFFIX, QuantizedParameters, Reading, as_matrix
 from qat.numerics.formats import TensorSpec
 from qat.recipe import PLACING, Recipe, Rule
 from qat.tracing import Call, Key, Trace
@@ -61,6 +62,20 @@ class Plan:
         """Whether anything depends on who feeds whom."""
         return bool(self.absorbed or self.movers or any(p.batch_norm or p.output for p in self.layers.values()))
 
+    @property
+    def parameters(self) -> set[str]:
+        """Dotted names of the quantized parameters that functions read."""
+        return {_join(n, part.removesuffix(SUFFIX)) for n, p in self.layers.items()
+                if p.kind == QuantizedParameters.kind for part, own in p.parts.items() if own.weight is not None}
+
+    def makes(self, call: Call) -> bool:
+        """Whether a quantized module makes this product of a function in a way of its own."""
+        owner = self.layers.get(call.owner)
+        if owner is not None and owner.kind != QuantizedParameters.kind:
+            return True
+        between = call.function == "multi_head_attention_forward"       # it makes products of activations too
+        return not between and not self.parameters.isdisjoint(call.parameters)
+
     def to_dict(self) -> dict[str, Any]:
         return {"layers": {n: p.to_dict() for n, p in self.layers.items()}, "narrow": dict(self.narrow),
                 "absorbed": list(self.absorbed), "movers": list(self.movers), "batch_norms": list(self.batch_norms),
@@ -103,8 +118,9 @@ class Product:
 class Planner:
     """Decides. One instance for one model; ``plan()`` is read top to bottom."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, trace: Trace | None) -> None:
-        self.model, self.recipe, self.trace = model, recipe, trace
+    def __init__(self, model: nn.Module, recipe: Recipe, trace: Trace | None,
+                 readings: Mapping[tuple[str, str], Reading] | None = None) -> None:
+        self.model, self.recipe, self.trace, self.readings = model, recipe, trace, readings or {}
         self.modules = dict(model.named_modules())
         self.aliases: dict[str, list[str]] = {}
         first = {id(m): n for n, m in self.modules.items()}
@@ -140,10 +156,14 @@ class Planner:
             leaf = not any(True for _ in module.children()) and bool(module._parameters)
             quantized = quantized_type(module)
             parts: dict[str, Rule | None] = {}
+            read = self.read_by_functions(name, module, quantized)
             if quantized is not None and issubclass(quantized, Composite):
                 parts = {part: self.rule(name, part) for part in (*quantized.sources(module), *quantized.products)}
-                if rule is None or rule.keep is not None:
-                    rule = next((r for r in parts.values() if r is not None and r.keep is None), rule)
+            elif read:
+                quantized = QuantizedParameters
+                parts = {attribute: self.rule(name, attribute) for attribute in read}
+            if rule is None or rule.keep is not None:
+                rule = next((r for r in parts.values() if r is not None and r.keep is None), rule)
             inside = any(name.startswith(f"{o}." if o else "") for o in opaque)
             if isinstance(module, nn.MultiheadAttention):
                 opaque.add(name)
@@ -163,24 +183,30 @@ class Planner:
                         else:
                             self.result.narrow[name] = rule.keep
                 continue
-            reason = OPAQUE if inside else self.obstacle(module, quantized, rule)
+            reason = OPAQUE if inside else self.obstacle(name, module, quantized, rule)
             if reason is not None:
                 refused.setdefault(rule, f"{name}: {reason}")
                 if leaf or any(p is not None for p in module._parameters.values()):
                     self.result.kept[name] = reason
                 continue
             assert quantized is not None
-            if issubclass(quantized, Composite):
+            if issubclass(quantized, QuantizedParameters):
+                plan = self.parameters(name, read, parts)
+            elif issubclass(quantized, Composite):
                 plan = self.composite(name, quantized, rule, parts)
             else:
                 plan = self.layer(quantized, rule)
+            if read:
+                used.update(r for r in parts.values() if r is not None)
             active = [p for p in (plan, *plan.parts.values()) if p.weight or p.input or p.output]
             if not active:
-                self.result.kept[name] = f"{rule} says nothing for a {plan.kind}"
+                said = {self.result.kept[_join(name, a)] for a in read if _join(name, a) in self.result.kept}
+                self.result.kept[name] = "; ".join(sorted(said)) or f"{rule} says nothing for a {plan.kind}"
                 continue
             if issubclass(quantized, Composite):
                 used.update(r for r in parts.values() if r is not None)
                 opaque.discard(name)
+            if issubclass(quantized, Composite) and not read:
                 held |= {_join(name, s.weight.rpartition(".")[0]) for s in quantized.sources(module).values()} - {name}
             used.add(rule)
             self.rules[name] = rule
@@ -211,17 +237,51 @@ class Planner:
         own: list[Any] = [self.modules[name], *(m for m in around if isinstance(m, WHOLES))]
         return tuple(c.__name__ for m in own for c in type(m).__mro__ if c not in (object, nn.Module))
 
-    def obstacle(self, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
+    def read_by_functions(self, name: str, module: nn.Module,
+                          quantized: type[QuantizedModule] | None) -> dict[str, Reading]:
+        """The parameters of a module that are quantized by what functions do with them.
+
+        They are those that a product reads in the forward of a module without a quantized form, or from outside of a
+        module with one (a head that is the table of an embedding, a convolution that is never called). The ``weight``
+        of a layer that is known, or derived from one, is one whatever reads it; and so is what nobody reads under this
+        name, but under another one (a table that a model keeps for its encoder and decoder).
+        """
+        if quantized is not None and issubclass(quantized, Composite):
+            return {}
+        known = any(base in REGISTRY for base in type(module).__mro__)
+        found: dict[str, Reading] = {}
+        for attribute, parameter in module._parameters.items():
+            reading = self.readings.get((name, attribute))
+            if reading is None:
+                continue
+            if known and attribute == "weight" and reading.others:
+                reading = replace(reading, floating=[*reading.floating, *reading.others])
+            tied = any(other.products and self.modules[holder]._parameters.get(a) is parameter
+                       for (holder, a), other in self.readings.items())
+            if not (reading.products or reading.others) and tied:
+                reading = replace(reading, layouts=["table"])
+            if reading.products:
+                found[attribute] = reading
+            elif reading.others:
+                self.result.kept[_join(name, attribute)] = (
+                    f"{attribute} is read by {', '.join(dict.fromkeys(reading.others))}, not by a matrix product")
+        return {} if quantized is not None and not any(r.outside for r in found.values()) else found
+
+    def obstacle(self, name: str, module: nn.Module, quantized: type[QuantizedModule] | None, rule: Rule) -> str | None:
         """Why this module cannot be quantized, or None."""
+        others = {a: r for (holder, a), r in self.readings.items() if holder == name and r.others and not r.products}
         if quantized is None:
+            if others:
+                return "; ".join(self.result.kept[_join(name, a)] for a in others)
             base = next((b.__name__ for b in type(module).__mro__ if b in REGISTRY), None)
             if base is not None:
-                return f"{type(module).__name__} overrides the forward of {base}"
+                return f"{type(module).__name__} overrides the forward of {base}" + (
+                    "" if self.readings else ": give prepare example_inputs, and it is seen what reads its weight")
             return f"no quantized form of {type(module).__name__}"
         if issubclass(quantized, QuantizedFunction) and not (
                 rule.explicit or rule.type or issubclass(quantized, QuantizedMatMul)):
             return "adds and concatenations are quantized by rules that name them"
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        if getattr(module, "max_norm", None) is not None:
             return "max_norm rewrites the weight at every look-up"
         return None
 
@@ -254,6 +314,26 @@ class Planner:
             self.rules[_join(name, part)] = own
         return plan
 
+    def parameters(self, name: str, read: Mapping[str, Reading], rules: Mapping[str, Rule | None]) -> LayerPlan:
+        """A plan with a plan for each parameter that functions read."""
+        plan = LayerPlan(QuantizedParameters.kind)
+        for attribute, reading in read.items():
+            own, part = rules[attribute], LayerPlan("Part", layout=reading.layout)
+            if own is None or own.keep is not None:
+                part.reason = "no rule matches" if own is None else f"{own} keeps it float32"
+                self.result.kept[_join(name, attribute)] = part.reason
+                continue
+            plan.parts[attribute + SUFFIX] = part
+            self.rules[_join(name, attribute + SUFFIX)] = own
+            part.weight = None if own.weight is None else own.weight.for_weight()
+            source = None if own.input is None else own.input.for_activation()
+            if source is not None and part.layout == "kernel" and source.granularity == "per_token":
+                source = source.replace(granularity="per_sample")
+            part.input = None if part.layout == "table" or not reading.layouts else source
+            if reading.floating:
+                part.reason = f"dequantized for {', '.join(dict.fromkeys(reading.floating))}"
+        return plan
+
     def products(self) -> dict[str, Product]:
         """Every weight in the plan, by the name of its layer or part, in the order of the modules."""
         found: dict[str, Product] = {}
@@ -261,6 +341,12 @@ class Planner:
             module = self.modules[name]
             if not plan.parts:
                 found[name] = Product(plan, name, "weight", getattr(module, "weight", None), None, name)
+                continue
+            if plan.kind == QuantizedParameters.kind:
+                for part, own in plan.parts.items():
+                    attribute = part.removesuffix(SUFFIX)
+                    weight = as_matrix(module._parameters[attribute], own.layout)
+                    found[_join(name, part)] = Product(own, name, attribute, weight, None, name)
                 continue
             quantized: Any = quantized_type(module)
             for part, source in quantized.sources(module).items():
@@ -271,16 +357,19 @@ class Planner:
 
     def edges(self, products: Mapping[str, Product]) -> set[str]:
         """The first and the last matmul-like layer: in the order they run (where known) or are defined."""
-        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", *FUNCTIONS)]
+        names = [n for n, p in self.result.layers.items() if p.kind not in ("Embedding", *FUNCTIONS)
+                 and not (p.parts and all(own.layout == "table" for own in p.parts.values()))]
         if self.trace is not None:
-            order = {c.module: i for i, c in reversed(list(enumerate(self.trace.calls))) if c.module is not None}
+            order = {n: i for i, c in reversed(list(enumerate(self.trace.calls))) for n in (
+                [c.module] if c.module is not None else [p.rpartition(".")[0] for p in c.parameters])}
             names = sorted((n for n in names if n in order), key=lambda n: order[n]) or names
         found: set[str] = set()
         for name, first in ((names[0], True), (names[-1], False)) if names else ():
             if not self.result.layers[name].parts:
                 found.add(name)
                 continue
-            quantized: Any = quantized_type(self.modules[name])
+            functions = self.result.layers[name].kind == QuantizedParameters.kind
+            quantized: Any = QuantizedParameters if functions else quantized_type(self.modules[name])
             found |= {_join(name, part) for part in quantized.edge(list(self.result.layers[name].parts), first)}
         return found
 
@@ -323,7 +412,7 @@ class Planner:
                 plan.reason = f"group_size {size} does not divide {inputs} inputs: {divisor}"
             elif inputs % size:
                 wrong.append(f"{name} ({inputs} inputs)")
-            if plan.input is not None and plan.kind not in ("Linear", "Part"):
+            if plan.input is not None and (plan.kind not in ("Linear", "Conv1D", "Part") or plan.layout == "kernel"):
                 raise PrepareError(f"{name}: per_group weights under integer activations are for Linear; give "
                                    f"{plan.kind} layers a rule with per_channel weights")
         if wrong:
@@ -339,7 +428,7 @@ class Planner:
 
     def out_channels(self, name: str) -> int:
         module = self.modules[name]
-        for attribute in ("out_features", "out_channels", "num_embeddings"):
+        for attribute in ("out_features", "out_channels", "num_embeddings", "nf"):
             if hasattr(module, attribute):
                 return int(getattr(module, attribute))
         raise PrepareError(f"{name}: cannot tell its output channels")
@@ -362,6 +451,8 @@ class Planner:
             if not planned:
                 continue
             floats = [n for n in names if n not in products] + self.function_readers(products[planned[0]])
+            if len({products[n].plan.layout == "columns" for n in planned}) > 1:
+                floats = floats or [n for n in planned if products[n].plan.layout == "columns"]     # two matrices
             if not floats and len({products[n].rows for n in planned}) > 1:
                 floats = [n for n in planned if any(_overlap(products[n].rows, products[o].rows) for o in planned)]
             for rows in dict.fromkeys(products[n].rows for n in planned):
@@ -405,6 +496,9 @@ class Planner:
 
     def function_readers(self, product: Product) -> list[str]:
         """Function calls that read a weight (``F.linear(h, self.embedding.weight)``)."""
+        owner = self.result.layers.get(product.owner)
+        if owner is not None and owner.kind == QuantizedParameters.kind:
+            return []                   # they get its codes
         aliases = self.aliases[product.holder]
         return [f"a call of {c.function} in {c.owner or 'the model'}"
                 for c in (self.trace.functions if self.trace else ())
@@ -437,9 +531,9 @@ class Planner:
             if producer is None or producer.module not in self.result.layers:
                 continue
             plan = self.result.layers[producer.module]
-            channels_first = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5, "ConvTranspose1d": 3,
+            channels_first = {"Linear": 2, "Conv1D": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5, "ConvTranspose1d": 3,
                               "ConvTranspose2d": 4, "ConvTranspose3d": 5}.get(plan.kind)
-            fits = calls[0].dims == channels_first or (calls[0].dims == 0 and plan.kind != "Linear")
+            fits = calls[0].dims == channels_first or (calls[0].dims == 0 and channels_first != 2)
             if (fits and plan.kind != "Embedding" and plan.weight is not None and plan.input is not None
                     and plan.weight.granularity != "per_group" and plan.tied_to is None
                     and len(self.calls(producer.module)) == 1 and self.readers(source) == [calls[0]]

@@ -24,6 +24,7 @@ from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
 from qat.modules.functional import MatMul, take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
+from qat.modules.parameters import QuantizedParameters, watching
 from qat.modules.precision import NarrowFloat, keep_in
 from qat.modules.traced import KINDS, Traced, replace_functions, restore
 from qat.planning import Plan, Planner
@@ -97,22 +98,30 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
                                "nn.utils.parametrizations") from None
     traced = _functions_to_modules(model, recipe, example_inputs)
     attention, kept = _attention_to_modules(model, recipe, example_inputs)
-    trace = trace_by_running(model, example_inputs) if example_inputs is not None else trace_symbolically(model)
-    plan = Planner(model, recipe, trace).plan()
+    if example_inputs is None:
+        trace, readings = trace_symbolically(model), None
+    else:
+        with watching(model) as readings:
+            trace = trace_by_running(model, example_inputs)
+    plan = Planner(model, recipe, trace, readings).plan()
     if example_inputs is not None and plan.structured and not _same_function(model, plan, example_inputs):
         warnings.warn("this model reads values between layers in ways that tracing does not see, so no batch norm is "
                       "folded, no ReLU absorbed and no codes are passed on", stacklevel=2)
-        plan = Planner(model, recipe, None).plan()
+        plan = Planner(model, recipe, None, readings).plan()
     plan.traced, plan.attention = traced, attention
     plan.kept.update(kept)
     model = carry_out(model, plan)
     functions = None
     if trace is not None and trace.executed:
-        functions = [c for c in trace.functions if not str(c.function).startswith("~") and c.owner not in plan.layers]
+        functions = [c for c in trace.functions if not str(c.function).startswith("~")
+                     and not plan.makes(c)]
     macs: dict[str, int] = {}
     for call in trace.calls if trace else ():
-        if call.module is not None:
-            macs[call.module] = macs.get(call.module, 0) + call.macs
+        names = [call.module] if call.module is not None else [p for p in call.parameters if p in plan.parameters]
+        if not names and call.macs and call.owner in plan.layers:
+            names = [call.owner]        # a layer of another library, that called the function itself
+        for name in names:
+            macs[name] = macs.get(name, 0) + call.macs
     model.__dict__["_qat"] = Prepared(recipe, plan, functions, macs)
     _check_active(model)
     return model
@@ -293,11 +302,15 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     for name, layer in plan.layers.items():
         if name not in modules:
             raise PrepareError(f"the plan names a module {name!r} that this model does not have")
-        module, quantized = modules[name], quantized_type(modules[name])
+        module = modules[name]
+        if layer.kind == QuantizedParameters.kind:
+            QuantizedParameters.swap(module, name, layer)
+            continue
+        quantized = quantized_type(module)
         if quantized is None or quantized.replaces.__name__ != layer.kind:
             raise PrepareError(f"{name} is a {type(module).__name__}, but the plan was made for a {layer.kind}")
         quantized.swap(module, name, layer)
-    swapped, home = quantized_modules(model), next((p.device for p in model.parameters() if not p.is_meta), None)
+    swapped, home = quantized_modules(model), next((p.device for p in model.parameters()), None)
     for one in swapped.values():
         one.backward_dtype = plan.backward_dtype
         if one.plan.tied_to is not None:
@@ -318,6 +331,11 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+def _stands_in(weight: torch.Tensor) -> bool:
+    """Whether a weight has yet to be read: no storage, or less than its values would take."""
+    return weight.is_meta or weight.untyped_storage().nbytes() < weight.numel() * weight.element_size()
+
+
 def _check_active(model: nn.Module) -> None:
     """Fault 1: each quantizer is reachable and its grid holds no more than ``2 ** bits`` values.
 
@@ -332,7 +350,7 @@ def _check_active(model: nn.Module) -> None:
                 raise PrepareError(f"{name}: an attribute of {type(module).__name__} called {role} hides its "
                                    "quantizer; rename it")
         quantizer = module.weight_quantizer
-        if quantizer is not None and module.weight.numel() and not module.weight.is_meta:
+        if quantizer is not None and module.weight.numel() and not _stands_in(module.weight):
             with torch.no_grad():
                 codes = quantizer.codes(module.weight_matrix())
             quantizer.restart()  # weights may still change before the first step
@@ -419,14 +437,20 @@ def coverage(model: nn.Module) -> Coverage:
             continue
         if isinstance(module, Part):
             continue                        # its composite has said it
+        owner, computed, _ = f"{name}.".rpartition("parametrizations.")
+        if computed and isinstance(model.get_submodule(owner.rstrip(".")), QuantizedModule):
+            continue                        # what computes a quantized weight was counted with it
         if id(module) in between:
             continue
-        if isinstance(module, QuantizedModule):
+        if isinstance(module, QuantizedParameters):
+            rows += _parameter_rows(name, module, state, seen)
+        elif isinstance(module, QuantizedModule):
             rows += _quantized_rows(name, module, state, seen)
             if isinstance(module, Composite):
                 held.update({id(h): p.name for p in module.parts.values()
                              if (h := p.source.holder(module)) is not module})
                 between |= {id(m) for m in module.between_activations.values()}
+        if isinstance(module, QuantizedModule):
             continue
         if id(module) in held:
             rows.append(Row(name, type(module).__name__, "quantized", "in parts", "in parts", 0, 0,
@@ -449,7 +473,7 @@ def coverage(model: nn.Module) -> Coverage:
                             state.macs.get(name, 0), reason))
     for call in state.functions or ():
         used = f" of {', '.join(call.parameters)}" if call.parameters else ""
-        remedy = REMEDIES.get(str(call.function), "")
+        remedy = "; give prepare example_inputs, if it had none" if used else REMEDIES.get(str(call.function), "")
         product = f"{call.owner}.scores" if call.owner else "scores"
         if remedy and product in state.plan.kept:
             remedy = f"; {state.plan.kept[product]}"
@@ -475,6 +499,22 @@ def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: s
     return [_quantized_row(name, module, total - sum(macs.values()), _own_params(module, seen)), *parts]
 
 
+def _parameter_rows(name: str, module: QuantizedParameters, state: Prepared, seen: set[Any]) -> list[Row]:
+    """A row for each parameter that functions read, and one for all others of the module."""
+    rows = []
+    for part in module.parts.values():
+        own = f"{name}.{part.source.attribute}" if name else part.source.attribute
+        rows.append(_quantized_row(own, part, state.macs.get(own, 0), _part_params(part, seen)))
+    rest = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
+    if rest:
+        seen.update(id(p) for p in rest.values())
+        reasons = [state.plan.kept.get(f"{name}.{k}" if name else k, f"no matrix product reads {k}") for k in rest]
+        _, kind = type(module).__dict__["_adopted"]
+        rows.append(Row(name, kind.__name__, "kept", "", "", sum(p.numel() for p in rest.values()), 0,
+                        "; ".join(dict.fromkeys(reasons))))
+    return rows
+
+
 def _own_params(module: QuantizedModule, seen: set[Any]) -> int:
     """Parameters of a module that nobody has counted yet."""
     params = 0
@@ -482,7 +522,8 @@ def _own_params(module: QuantizedModule, seen: set[Any]) -> int:
         if id(module.weight_codes) not in seen:
             params += math.prod(module.weight_shape)
         seen.add(id(module.weight_codes))
-    for parameter in module._parameters.values():
+    computing = module._modules.get("parametrizations")
+    for parameter in (*module._parameters.values(), *(() if computing is None else computing.parameters())):
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
             params += parameter.numel()

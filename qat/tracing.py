@@ -33,6 +33,7 @@ PRODUCTS: dict[Any, str] = {
     F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", F.conv_transpose1d: "conv_transpose1d",
     F.conv_transpose2d: "conv_transpose2d", F.conv_transpose3d: "conv_transpose3d",
     **({torch._grouped_mm: "_grouped_mm"} if hasattr(torch, "_grouped_mm") else {}),
+    **({F.grouped_mm: "grouped_mm"} if hasattr(F, "grouped_mm") else {}),
 }
 """Functions that multiply matrices, or look rows up; coverage lists each of their calls."""
 
@@ -143,7 +144,8 @@ class _Recorder(TorchFunctionMode):
         if func in _SHAPES or (not outputs and getattr(func, "__name__", "") in ("__get__", "__set__")):
             return result
         name = PRODUCTS.get(func)
-        used = [self.names[id(t)] for t in pytree.tree_leaves((args, kwargs)) if id(t) in self.names]
+        used = [known for t in pytree.tree_leaves((args, kwargs))
+                if (known := getattr(t, "parameter", "") or self.names.get(id(t)))]     # a piece of a parameter, or all
         first = next((t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)), None)
         macs = _function_macs(name, (*args, *kwargs.values()), first) if name else 0
         self.trace.calls.append(Call(
@@ -328,5 +330,5 @@ def _function_macs(name: str, args: Any, first: Tensor | None) -> int:
     if name == "scaled_dot_product_attention":
         return 2 * first.numel() * tensors[1].shape[-2]
     if name in ("addmm", "baddbmm"):
-        return first.numel() * tensors[1].shape[-1]
+        return first.numel() * tensors[1].shape[-1] if len(tensors) > 1 else 0
     return first.numel() * tensors[0].shape[-1] if tensors else 0

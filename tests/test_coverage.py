@@ -22,9 +22,10 @@ class Functions(nn.Module):
         self.expert = nn.Parameter(torch.randn(3, 5, 5))
         self.proj = nn.Linear(5, 5)
         self.scale = nn.Parameter(torch.ones(5))
+        self.shift = nn.Parameter(torch.zeros(1, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(F.linear(x, self.weight))
+        x = self.proj(F.linear(x, self.weight) + self.shift)
         x = x @ self.expert[0] + torch.einsum("bi,io->bo", x, self.expert[1])
         return F.scaled_dot_product_attention(x[None], x[None], x[None])[0] * self.scale
 
@@ -46,16 +47,25 @@ def test_every_parameter_is_counted_once(model: str, preset: str) -> None:
 
 def test_calls_of_functions_are_listed_with_their_parameters() -> None:
     x = torch.randn(2, 4)
-    for model in (qat.prepare(Functions(), "w8a8", example_inputs=x),
-                  qat.calibrate(qat.prepare(Functions(), "w8a8"), [x])):
+    late, seen = qat.calibrate(qat.prepare(Functions(), "w8a8"), [x]), qat.prepare(Functions(), "w8a8", x)
+    for model in (late, seen):
         table = qat.coverage(model)
         assert not table.unobserved
         calls = {r.name.split(": ")[1]: r for r in table.rows if r.kind == "function"}
-        assert set(calls) == {"linear", "matmul", "einsum", "scaled_dot_product_attention"}
-        assert "weight" in calls["linear"].reason
-        assert calls["linear"].macs == 2 * 4 * 5
         assert all(r.status == "kept" for r in calls.values())
         assert sum(r.params for r in table.rows) == sum(p.numel() for p in Functions().parameters())
+    assert set(calls) == {"scaled_dot_product_attention"}
+    rows = {r.name: r for r in table.rows}
+    assert (rows["weight"].status, rows["weight"].params, rows["weight"].macs) == ("quantized", 20, 2 * 4 * 5)
+    assert (rows["expert"].status, rows["expert"].params) == ("quantized", 75)
+    assert "dequantized for einsum" in rows["expert"].reason
+    assert (rows[""].status, rows[""].params) == ("kept", 10)
+    assert "shift is read by add, not by a matrix product" in rows[""].reason
+    calls = {r.name.split(": ")[1]: r for r in qat.coverage(late).rows if r.kind == "function"}
+    assert set(calls) == {"linear", "matmul", "einsum", "scaled_dot_product_attention"}
+    assert "weight" in calls["linear"].reason
+    assert "example_inputs" in calls["linear"].reason
+    assert calls["linear"].macs == 2 * 4 * 5
 
 
 def test_until_the_model_runs_functions_are_unobserved() -> None:

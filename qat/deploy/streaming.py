@@ -9,6 +9,7 @@ interrupted goes on at the unit where it stopped.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from qat.calibration import calibrate
 from qat.calibration.walk import Arrival, walk
@@ -37,15 +37,16 @@ from qat.deploy.checkpoint import (
     write_tensors,
 )
 from qat.deploy.convert import Certificate, drop_folded, outputs, share_codes
-from qat.errors import CheckpointError, ParityError, PrepareError, UnsupportedError
+from qat.errors import CheckpointError, ParityError, PrepareError
 from qat.modules.base import LayerPlan, QuantizedModule
+from qat.modules.parameters import watching
 from qat.modules.precision import NarrowFloat
 from qat.quantizers.quantizer import StaticQuantizer
 from qat.recipe import Recipe
 from qat.rewriter import Prepared, prepare, prepared_state, quantized_modules
-from qat.tracing import Arguments, call, evaluating
+from qat.tracing import Arguments, call, evaluating, run
 
-JOURNAL, UNIT = "progress.json", "_qat_unit"
+JOURNAL = "progress.json"
 META = torch.device("meta")
 Progress = Callable[[str, int, int], None]
 
@@ -285,7 +286,6 @@ def stream(model: nn.Module, source: str | os.PathLike[str], target: str | os.Pa
             work beside it belongs to another model or recipe.
         ParityError: a frozen unit differs from the prepared one.
         PrepareError, RecipeError, CalibrationError: as for ``prepare`` and ``calibrate``.
-        UnsupportedError: a unit reads weights of another one.
     """
     if any(p.device != META for p in model.parameters()):
         raise PrepareError("stream reads the weights itself: build the architecture inside of qat.without_weights()")
@@ -302,9 +302,9 @@ class _Stream:
             raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
         self.partial = target.with_name(f".{target.name}.partial")
         self.floats = Floats(model, source)
-        self.units = units_of(model)
-        for name, module in self.units.items():
-            module.__dict__[UNIT] = name        # copies that prepare makes have it too
+        self.units: dict[str, nn.Module] = {}
+        self.model = model
+        self._find_units(example)
         self.inside = {f"{n}.{k}" if k else n for n, m in self.units.items() for k, _ in m.named_modules()}
         self.resident: str | None = None
         self.done: dict[str, dict[str, Any]] = {}
@@ -316,7 +316,8 @@ class _Stream:
         self._open_journal()
         for unit in self.done:
             self._become_frozen(unit)
-        hooks = [m.register_forward_pre_hook(lambda m, _: self._enter(m.__dict__[UNIT])) for m in self.units.values()]
+        hooks = [m.register_forward_pre_hook(functools.partial(lambda unit, *_: self._enter(unit), name))
+                 for name, m in self.units.items()]
         try:
             self._load_rest()
             left = {n: m for n, m in self.units.items() if n not in self.done}
@@ -332,39 +333,20 @@ class _Stream:
 
     # ------------------------------------------------------------------ prepare
 
+    def _find_units(self, example: Any) -> None:
+        """All units but those whose weights somebody else reads too, which stay in memory until the end."""
+        with _standing_in(self.model, self.floats), watching(self.model) as readings, evaluating(self.model), \
+                torch.no_grad(), torch.random.fork_rng():
+            run(self.model, example)
+        for name, module in units_of(self.model).items():
+            own = {name, *(f"{name}.{key}" for key, _ in module.named_modules() if key)}
+            if not any(holder in own and reading.readers - own for (holder, _), reading in readings.items()):
+                self.units[name] = module
+
     def _prepared(self, model: nn.Module, recipe: Any, example: Any) -> nn.Module:
-        """``model``, prepared; it runs, on made-up weights, to show what it calls."""
-        for name, module in model.named_modules():
-            if name not in self.inside:
-                _make_up(module)
-        true: dict[nn.Module, dict[str, Any]] = {}
-
-        def enter(module: nn.Module, _: Any) -> None:
-            if UNIT in module.__dict__:
-                for part in module.modules():
-                    true.setdefault(part, dict(part._parameters))
-                    _make_up(part)
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            if UNIT in module.__dict__:
-                for part in module.modules():
-                    part._parameters.update(true.pop(part, {}))     # the very objects: some are tied
-
-        # hooks of no module, since prepare heeds those that a user has set
-        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
-        try:
-            prepared = prepare(model, recipe, example, inplace=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _give_back()
-        for made in prepared_state(prepared).functions or ():
-            for unit in self.units:
-                read = [p for p in made.parameters if p.startswith(f"{unit}.")]
-                if read and not f"{made.owner}.".startswith(f"{unit}."):
-                    raise UnsupportedError(f"{made.owner or 'the model'} reads {read[0]} itself, so {unit} is not at "
-                                           "work alone and this model cannot be streamed: load it whole")
-        return prepared
+        """``model``, prepared; it runs, on stand-ins for its weights, to show what it calls."""
+        with _standing_in(model, self.floats):
+            return prepare(model, recipe, example, inplace=True)
 
     # ------------------------------------------------------------------ one unit after another
 
@@ -623,17 +605,36 @@ class _Stream:
         return f"{self.state.plan.layers[module].tied_to}.{buffer}"
 
 
-def _make_up(module: nn.Module) -> None:
-    """Numbers in the place of parameters without storage: a stretch of noise over and over, which costs next to no
-    time, and ones for vectors."""
-    for key, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_meta:
-            if parameter.dim() < 2:
-                values = torch.ones(parameter.shape)
-            else:
-                noise = torch.randn(8191, generator=torch.Generator().manual_seed(0)) / parameter[0].numel() ** 0.5
-                values = noise.repeat(-(-parameter.numel() // 8191))[: parameter.numel()].view(parameter.shape)
-            module._parameters[key] = nn.Parameter(values.to(parameter.dtype), requires_grad=False)
+def _stand_in(parameter: Tensor) -> nn.Parameter:
+    """Something in the shape of a parameter, that costs next to no memory: a few random numbers, shifted by one from
+    row to row; ones for vectors."""
+    shape = parameter.shape
+    if len(shape) < 2:
+        values = torch.ones(shape, dtype=parameter.dtype)
+    else:
+        noise = torch.randn(sum(shape), generator=torch.Generator().manual_seed(0)) / parameter[0].numel() ** 0.5
+        values = noise.to(parameter.dtype).as_strided(shape, (1,) * len(shape))
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+@contextmanager
+def _standing_in(model: nn.Module, floats: Floats) -> Iterator[None]:
+    """Stand-ins have the place of all parameters, inside the block."""
+    stand_ins = {id(p): _stand_in(p) for p in floats.parameters.values()}
+    _exchange(model, stand_ins)
+    try:
+        yield
+    finally:
+        _exchange(model, {id(stand_ins[id(p)]): p for p in floats.parameters.values()})
+        _give_back()
+
+
+def _exchange(model: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
+    """Put other parameters in the place of those with these ids; what was tied stays tied."""
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in others:
+                module._parameters[key] = others[id(parameter)]
 
 
 def _empty(part: nn.Module) -> None:

@@ -37,6 +37,8 @@ class LayerPlan:
         chained: the input arrives as codes from the layer in front, so there is no input quantizer.
         emits_codes: every consumer of the output takes codes, so no float tensor is made.
         tied_to: name of the module whose weight, and weight quantizer, this one shares.
+        layout: of a parameter that functions read (see :mod:`qat.modules.parameters`): ``rows`` (..., out, in),
+            ``columns`` (..., in, out), ``kernel`` or ``table``.
         parts: for a composite (see :mod:`qat.modules.composite`): the plan of each of its products.
         reason: why the specs differ from the rule, if they do; for coverage.
     """
@@ -52,6 +54,7 @@ class LayerPlan:
     emits_codes: bool = False
     tied_to: str | None = None
     reason: str = ""
+    layout: str = ""
     parts: dict[str, LayerPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +122,14 @@ def _rebuilt(mixin: type, kind: type) -> Any:
     return made.__new__(made)
 
 
+def _unparametrized(kind: Any) -> Any:
+    """The class that a module had before it got parametrizations, with the mixins that it has adopted since."""
+    if "_adopted" not in kind.__dict__:
+        return kind.__bases__[0]
+    mixin, below = kind.__dict__["_adopted"]
+    return _adopted_type(mixin, _unparametrized(below))
+
+
 def drop_float(module: nn.Module, name: str) -> None:
     """Let ``module`` forget its parameter ``name``, and whatever computed it (weight norm, spectral norm)."""
     if nn.utils.parametrize.is_parametrized(module, name):
@@ -126,6 +137,7 @@ def drop_float(module: nn.Module, name: str) -> None:
         del parametrizations[name]
         if not len(parametrizations):
             del module.parametrizations
+            module.__class__ = _unparametrized(type(module))        # that class refuses to be copied
     for handle, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", name) == name:
             del module._forward_pre_hooks[handle]
@@ -404,7 +416,7 @@ class QuantizedModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """A frozen module still answers to ``weight``: dequantized anew at each access, never stored."""
         if name == "weight" and "weight_codes" in self.__dict__.get("_buffers", {}):
-            return self.weight_from_matrix(self.quantized_weight().dequantize())
+            return self.weight_from_matrix(self.quantized_weight().dequantize(self.float_dtype))
         return super().__getattr__(name)
 
     def _apply(self, fn, recurse=True):
@@ -507,11 +519,29 @@ def register(cls: type[QuantizedModule]) -> type[QuantizedModule]:
     return cls
 
 
+BY_NAME: dict[str, type[QuantizedModule]] = {}
+"""Dotted name of a module type of another library -> its quantized form; that library is never imported for it."""
+
+
+def register_by_name(*names: str) -> Any:
+    """Class decorator: ``prepare`` swaps modules of types with these dotted names for ``cls``, which leaves out
+    ``replaces``."""
+    def add(cls: type[QuantizedModule]) -> type[QuantizedModule]:
+        BY_NAME.update(dict.fromkeys(names, cls))
+        return cls
+    return add
+
+
 def quantized_type(module: nn.Module) -> type[QuantizedModule] | None:
     """The quantized class for a module: by its type, or a base type whose forward it did not override."""
-    kind = type(module)
+    kind: Any = type(module)
     if nn.utils.parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
+    for base in kind.__mro__:
+        foreign = BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
+        if foreign is not None and kind.forward is base.forward:
+            foreign.replaces = base
+            return foreign
     if kind in REGISTRY:
         return REGISTRY[kind]
     for base in kind.__mro__:

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from qat.kernels import ste, table, weight_only
 from qat.kernels.backends import FewCalls, FewNarrowCalls
-from qat.modules.base import QuantizedModule, register
+from qat.modules.base import QuantizedModule, register, register_by_name
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import PackedTensor, QuantizedTensor
 from qat.quantizers.quantizer import FrozenQuantizer
 
 
-@register
-class QuantizedLinear(QuantizedModule, nn.Linear):
+class LinearProduct(QuantizedModule):
     """``y = x @ w.T + b`` on integers: x (..., in), w (out, in).
 
     With float activations (weight-only) the product is that of :mod:`qat.kernels.weight_only`, before and after
@@ -26,7 +25,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     layers, as they are packed, beside what its kernels have packed for the shapes that came.
     """
 
-    replaces = nn.Linear
+    in_features: int
+    out_features: int
 
     def channels(self, role: str) -> tuple[int, ...]:
         return (self.in_features if role == "input" else self.out_features,)
@@ -41,7 +41,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if self._one_row and self._is_one_row(x):
             return self._one_row(x)
         if self.calibrating or self.plan.weight is None:
-            return self.finish(F.linear(self.float_input(x), self.float_weight(), self.bias))
+            return self.finish(F.linear(self.float_input(x), self.float_matrix(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             return self.finish(weight_only.product(self.float_input(x), weight, self.bias, self.kernel_weight(weight)))
@@ -81,6 +81,40 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self._one_row = FewNarrowCalls(spec, kernel, multiplier, self.bias, scale, number, run)
         elif run is None and FewCalls.serves(row, spec, zero_point, kernel):
             self._one_row = FewCalls(spec, kernel, multiplier, self.bias, scale, number)
+
+
+    def float_matrix(self) -> Tensor:
+        """The float weight as (out, in), with pruned values at zero."""
+        return self.float_weight()
+
+
+@register
+class QuantizedLinear(LinearProduct, nn.Linear):
+    """``nn.Linear`` on integers."""
+
+    replaces = nn.Linear
+
+
+@register_by_name("transformers.pytorch_utils.Conv1D")
+class QuantizedConv1D(LinearProduct):
+    """A linear layer whose weight is (in, out), on integers; its codes are (out, in) like every layer's."""
+
+    @property
+    def in_features(self) -> int:               # type: ignore[override]
+        return self.nx
+
+    @property
+    def out_features(self) -> int:              # type: ignore[override]
+        return self.nf
+
+    def weight_matrix(self) -> Tensor:
+        return self.weight.t()
+
+    def weight_from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def float_matrix(self) -> Tensor:
+        return self.float_weight().t()
 
 
 @register

@@ -15,7 +15,7 @@ from torch import nn
 
 import qat
 from qat.deploy.streaming import TensorFolder, stream, units_of, without_weights
-from qat.errors import CheckpointError, NotCalibratedError, PrepareError, UnsupportedError
+from qat.errors import CheckpointError, NotCalibratedError, PrepareError
 
 
 class Block(nn.Module):
@@ -206,13 +206,16 @@ def test_a_tensor_folder_reads_single_tensors_and_refuses_a_name_held_twice(tmp_
         TensorFolder(tmp_path / "float")
 
 
-def test_weights_that_another_unit_reads_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["w8a16", "w8a8_dynamic"])
+def test_weights_that_another_unit_reads_stay_in_memory_until_the_end(recipe: str, tmp_path: Path) -> None:
     class Reads(Model):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) @ self.head.weight
+            return torch.nn.functional.linear(super().forward(x) @ self.head.weight, self.embedding.weight)
 
-    with pytest.raises(UnsupportedError, match="load it whole"):
-        stream(empty(Reads), folder(float_model(Reads), tmp_path / "float"), tmp_path / "out", "w8a16", IDS[0])
+    model = float_model(Reads)
+    stream(empty(Reads), folder(model, tmp_path / "float"), tmp_path / "out", recipe, IDS[0], IDS)
+    expected, _ = qat.convert(qat.prepare(model, recipe, IDS[0]), IDS)
+    assert torch.equal(qat.load(tmp_path / "out", Reads())(IDS[1]), expected(IDS[1]))
 
 
 def test_without_weights_keeps_ties_and_buffers_and_ends() -> None:

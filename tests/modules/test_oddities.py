@@ -167,7 +167,7 @@ def test_reparametrized_weights(kind: str, preset: str, inplace: bool) -> None:
     assert not [n for n in after.state_dict() if "parametrizations" in n or n.endswith(("_g", "_v", "_orig"))]
 
 
-class Kept(nn.Linear):
+class Doubled(nn.Linear):
     """Computes something else than its base."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class Swapped(nn.Linear):
 
 
 def test_subclasses() -> None:
-    model = nn.Sequential(Swapped(6, 5), nn.Tanh(), Kept(5, 4))
+    model = nn.Sequential(Swapped(6, 5), nn.Tanh(), Doubled(5, 4))
     x = torch.randn(7, 6)
     before, after = zoo.assert_parity(model, "w8a8", x)
     for m in (before, after):
@@ -192,9 +192,15 @@ def test_subclasses() -> None:
         assert isinstance(m[0], QuantizedModule)
         assert m[0].extra == "mine"
         assert m[0].double().shape == (5, 6)
-        assert type(m[2]) is Kept
-    (row,) = [r for r in qat.coverage(before).rows if r.name == "2"]
-    assert (row.status, row.reason) == ("kept", "Kept overrides the forward of Linear")
+        assert isinstance(m[2], Doubled)
+    rows = {r.name: r for r in qat.coverage(before).rows}
+    assert (rows["2.weight"].status, rows["2.weight"].params) == ("quantized", 20)
+    assert (rows["2"].status, rows["2"].params, rows["2"].reason) == ("kept", 4, "no matrix product reads bias")
+    unseen = qat.prepare(model, "w8a8")             # nobody has seen what its forward does
+    assert type(unseen[2]) is Doubled
+    (row,) = [r for r in qat.coverage(unseen).rows if r.name == "2"]
+    assert row.status == "kept"
+    assert row.reason.startswith("Doubled overrides the forward of Linear: give prepare example_inputs")
 
 
 def test_lazy_modules() -> None:
@@ -256,14 +262,17 @@ def test_modules_that_bypass_their_children_are_kept_or_quantized_whole(preset: 
         error = float((after(x) - expected).abs().max() / expected.abs().max())
     assert 0 < error < (0.05 if preset in ("w8a8", "fp16") else 0.6)
     rows = {r.name: r for r in qat.coverage(before).rows}
-    assert rows["attention"].status == rows["attention.out_proj"].status == "kept"
-    assert "raw weights" in rows["attention.out_proj"].reason
     quantized = {"stem", "head", "block.linear1", "block.linear2", "block.self_attn"}
-    for name in quantized:
-        assert rows[name].status == ("quantized" if preset != "fp16" else "kept")
+    raw = {"attention.in_proj_weight", "attention.out_proj.weight"}
+    for name in quantized | (raw if preset != "fp16" else {"attention", "attention.out_proj"}):
+        assert rows[name].status == ("quantized" if preset != "fp16" else "kept"), name
+    if preset == "fp16":
+        assert "raw weights" in rows["attention.out_proj"].reason
+    assert rows["attention: multi_head_attention_forward"].status == "kept"     # its products of activations
     assert sum(r.params for r in rows.values()) == sum(p.numel() for p in model.parameters())
     found = {n for n, m in after.named_modules() if isinstance(m, QuantizedModule)}
-    assert {n for n in found if not n.startswith("block.self_attn.")} == (quantized if preset != "fp16" else set())
+    found = {n for n in found if not n.startswith(("block.self_attn.", "attention"))}
+    assert found == (quantized if preset != "fp16" else set())
 
 
 # ------------------------------------------------------------------------------------------------ hooks
