@@ -27,8 +27,8 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "smoothquant": {"alpha": 0.5},
     "awq": {"steps": 20, "clip": True},
     "gptq": {"damp": 0.01, "order": True, "block": 128},
-    "adaround": {"steps": 400, "learning_rate": 1e-2, "weight": 0.01, "rows": 1024},
-    "reconstruction": {"steps": 200, "learning_rate": 1e-4, "scale_learning_rate": 1e-4},
+    "adaround": {"steps": 400, "learning_rate": 0.02, "regularization": 0.1},
+    "reconstruction": {"steps": 200, "learning_rate": 0.02, "scale_learning_rate": 2e-3},
     "bias_correction": {},
 }
 """What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options."""
