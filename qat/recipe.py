@@ -27,7 +27,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "smoothquant": {"alpha": 0.5},
     "awq": {"steps": 20, "clip": True},
     "gptq": {"damp": 0.01, "order": True, "block": 128},
-    "adaround": {"steps": 400, "learning_rate": 0.02, "regularization": 0.1},
+    "adaround": {"steps": 400, "learning_rate": 0.1, "regularization": 10.0, "damp": 0.5},
     "reconstruction": {"steps": 200, "learning_rate": 0.02, "scale_learning_rate": 2e-3},
     "bias_correction": {},
 }

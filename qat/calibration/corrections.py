@@ -67,10 +67,10 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
             return f"none, {str(error).removeprefix(f'{product.name}: ')}"
         values = product.quantized_weight().dequantize().flatten(1)
         mean, float_mean = (total / moments.count for total in (moments.mean, moments.float_mean))
-        error = mean_error(matrix_of(twins[product.name]), values, mean, float_mean)
-        bias.add_((error if gain is None else error * gain).to(bias.dtype))
+        missing = mean_error(matrix_of(twins[product.name]), values, mean, float_mean)
+        bias.add_((missing if gain is None else missing * gain).to(bias.dtype))
         size = (moments.scale() / moments.count).sqrt()
-        return f"mean output error {float(error.square().mean().sqrt() / size):.3g} of the output -> 0"
+        return f"mean output error {float(missing.square().mean().sqrt() / size):.3g} of the output -> 0"
 
     with torch.no_grad():
         missing = walk(model, batches, stops, work, beside=reference)

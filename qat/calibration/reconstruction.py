@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from qat.calibration.rounding import hold_codes, layer_stops, products_at, shared_weights
+from qat.calibration.rounding import hold_codes, layer_stops, shared_weights
 from qat.calibration.walk import Arrival, walk
 from qat.modules.adapted import Adapted
 from qat.modules.base import QuantizedModule
@@ -25,10 +24,10 @@ from qat.modules.composite import Part
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import LearnedQuantizer, StaticQuantizer
-from qat.rewriter import quantized_modules
 from qat.tracing import leaves
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+STANDARD = (*CONTAINERS, nn.Module)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -44,38 +43,35 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     layers = set(layer_stops(model).values())
     found: dict[str, nn.Module] = {}
 
-    def holds(module: nn.Module) -> int:
-        return len(layers.intersection(module.modules()))
-
-    def members(module: nn.Module) -> int:
-        """How many outermost members there are inside of ``module``."""
-        if module in layers:
-            return 0
-        return sum(1 if _composed(module, child, holds(child)) else members(child) for child in module.children())
-
-    def search(name: str, module: nn.Module, parent: nn.Module | None) -> None:
-        count = holds(module)
-        if not count:
+    def search(name: str, module: nn.Module, parent: nn.Module) -> None:
+        inner = layers.intersection(module.modules())
+        if not inner or module in found.values():
             return
-        if module in layers:
-            found.setdefault(name, module)
+        small, members = 2 * len(inner) <= len(layers), _members(module, layers)
+        whole = len(inner) > 1 and not _plain(module) and module is not model and (
+            (small or members < 2) if isinstance(parent, CONTAINERS) else (small and not members))
+        if module in layers or whole:
+            found[name] = module
             return
-        small, inside = 2 * count <= len(layers), members(module)
-        if parent is not None and count > 1 and not isinstance(module, CONTAINERS):
-            if (small or inside < 2) if isinstance(parent, CONTAINERS) else (small and not inside):
-                found.setdefault(name, module)
-                return
         for key, child in module.named_children():
             search(f"{name}.{key}" if name else key, child, module)
 
-    search("", model, None)
-    seen: set[nn.Module] = set()
-    return {n: m for n, m in found.items() if not (m in seen or seen.add(m))}  # type: ignore[func-returns-value]
+    search("", model, model)
+    return found
 
 
-def _composed(parent: nn.Module, child: nn.Module, count: int) -> bool:
-    """Whether ``child`` is a member of a container with a forward of its own and several layers."""
-    return isinstance(parent, CONTAINERS) and not isinstance(child, CONTAINERS) and count > 1
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is a container and nothing more."""
+    return isinstance(module, CONTAINERS) and "forward" not in {k for c in type(module).__mro__ if c not in STANDARD
+                                                                for k in vars(c)}
+
+
+def _members(module: nn.Module, layers: set[QuantizedModule]) -> int:
+    """How many members of containers with a forward of their own and several layers are inside of a module."""
+    if module in layers:
+        return 0
+    return sum(1 if isinstance(module, CONTAINERS) and not _plain(c) and len(layers.intersection(c.modules())) > 1
+               else _members(c, layers) for c in module.children())
 
 
 def outputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -164,8 +160,8 @@ def _trained(block: nn.Module, shared: set[str], notes: dict[str, str]) -> Train
         for quantizer in module.activation_quantizers().values():
             if isinstance(quantizer, LearnedQuantizer) and quantizer.calibrated:
                 trained.scales.append(quantizer.log_scale)
-        quantizer, parameter = module.weight_quantizer, None
-        if quantizer is None:
+        own = module.weight_quantizer
+        if own is None:
             continue
         if module.name in shared:
             notes[module.name] = "reconstruction: weight as it was, it is shared"
@@ -174,12 +170,11 @@ def _trained(block: nn.Module, shared: set[str], notes: dict[str, str]) -> Train
         if parameter is None:
             notes[module.name] = "reconstruction: weight as it was, it is computed from others"
             continue
-        assert isinstance(quantizer, StaticQuantizer)
+        assert isinstance(own, StaticQuantizer)
         trained.products.append(module)
-        scale = float(quantizer.present()[0].detach().mean()) * quantizer.spec.fmt.unit
-        trained.weights[parameter] = min(scale, trained.weights.get(parameter, math.inf))
-        if isinstance(quantizer, LearnedQuantizer) and not quantizer.frozen:
-            trained.scales.append(quantizer.log_scale)
+        trained.weights.setdefault(parameter, float(own.present()[0].detach().mean()))
+        if isinstance(own, LearnedQuantizer) and not own.frozen:
+            trained.scales.append(own.log_scale)
     return trained
 
 
@@ -189,9 +184,9 @@ def learning_scales(block: nn.Module, shared: set[str]) -> Iterator[None]:
 
     Ranges that somebody has placed already stay as they are.
     """
-    held: list[tuple[QuantizedModule, StaticQuantizer]] = []
-    for module in block.modules():
-        static = module.weight_quantizer if isinstance(module, QuantizedModule) else None
+    held: list[tuple[QuantizedModule, StaticQuantizer, LearnedQuantizer]] = []
+    for module in [m for m in block.modules() if isinstance(m, QuantizedModule)]:
+        static = module.weight_quantizer
         if (type(static) is not StaticQuantizer or static.frozen or module.name in shared or static.scores is not None
                 or static.spec.symmetric is False or static.spec.power_of_two or static.spec.scale_dtype != "float32"):
             continue
@@ -200,14 +195,12 @@ def learning_scales(block: nn.Module, shared: set[str]) -> Iterator[None]:
         learned.place(static.present()[0])
         learned.frozen = False
         learned.train(static.training)
-        held.append((module, static))
+        held.append((module, static, learned))
         module.weight_quantizer = learned
     try:
         yield
     finally:
-        for module, static in held:
-            learned = module.weight_quantizer
-            assert isinstance(learned, LearnedQuantizer)
+        for module, static, learned in held:
             module.weight_quantizer = static
             static.place(learned.present()[0].detach())
 
@@ -226,13 +219,12 @@ def _differentiating(block: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterat
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for parameter, required, gradient in flags:
+        for parameter in wanted:
             parameter.grad = None
-            parameter.requires_grad_(required)
         for parameter, dtype in dtypes:
             parameter.data = parameter.data.to(dtype)
-        for parameter, _, gradient in flags:
-            parameter.grad = gradient
+        for parameter, required, gradient in flags:
+            parameter.requires_grad_(required).grad = gradient
 
 
 def train_block(block: nn.Module, trained: Trained, examples: Sequence[Example], steps: int, learning_rate: float,

@@ -67,8 +67,9 @@ class Moments:
     def none(cls, weight: Tensor, groups: int) -> Moments:
         """Before the first row; ``weight`` (groups * out, in)."""
         outputs, inputs = weight.shape[0] // groups, weight.shape[1]
-        square, row, out = (groups, inputs, inputs), (groups, inputs), (groups, outputs)
-        return cls(*(weight.new_zeros(size, dtype=torch.float32) for size in (square, square, row, row, out, out)))
+        squares, rows, channels = (weight.new_zeros(2, *size, dtype=torch.float32) for size in (
+            (groups, inputs, inputs), (groups, inputs), (groups, outputs)))
+        return cls(*squares, *rows, *channels)
 
     def add(self, weight: Tensor, rows: Tensor, floats: Tensor | None = None) -> None:
         """Take rows (groups, rows, in) into account; ``floats``: the float model's; None: the same."""
@@ -98,6 +99,13 @@ class Moments:
         shape = (*self.missed.shape, -1)
         return weight.float().reshape(shape), (values.float() - weight.float()).reshape(shape)
 
+    def damped(self, damp: float) -> Tensor:
+        """The Gram matrices with their diagonals raised by ``damp * in / count`` of their mean."""
+        gram = self.gram.clone()
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += diagonal.mean(-1, keepdim=True) * (damp * gram.shape[-1] / max(1, self.count))
+        return gram
+
     def scale(self) -> Tensor:
         """The mean of ``power`` over the output channels, positive."""
         return self.power.mean().clamp(min=affine.TINY)
@@ -123,14 +131,15 @@ def neighbours(weight: Tensor, scale: Tensor, zero_point: Tensor | int | None,
 
 
 def adaround(weight: Tensor, moments: Moments, spec: TensorSpec, scale: Tensor, zero_point: Tensor | int | None = None,
-             mask: Tensor | None = None, steps: int = 400, learning_rate: float = 0.02,
-             regularization: float = 0.1) -> Tensor:
+             mask: Tensor | None = None, steps: int = 400, learning_rate: float = 0.1,
+             regularization: float = 10.0, damp: float = 0.5) -> Tensor:
     """Codes of ``weight`` with the least output error, each one of the two next to its weight.
 
     How far up a weight is rounded is ``h(v) = clamp(sigmoid(v) * 1.2 - 0.1, 0, 1)``; ``v`` is trained by Adam on the
     output error (in units of that of the nearest codes) plus ``regularization`` times the mean of
     ``1 - |2 h - 1|^beta``, with beta falling from 20 to 2, which drives each ``h`` to 0 or 1. An output channel whose
-    nearest codes are better keeps them. (Nagel et al. 2020, Up or Down?, arXiv 2004.10568.)
+    nearest codes are better keeps them. What few rows say of many inputs is half chance: the diagonal of H is raised by
+    ``damp * inputs / rows`` of its mean, which holds codes to their weights as far as the data are few. (Nagel et al. 2020, Up or Down?, arXiv 2004.10568.)
 
     Args:
         weight: (groups * out, in), float.
@@ -152,7 +161,8 @@ def adaround(weight: Tensor, moments: Moments, spec: TensorSpec, scale: Tensor, 
     low, span = values(lower), values(upper) - values(lower)
     start, (floats, change) = (weight - low) / span, moments._shaped(weight, values(nearest))
     low, span, start = (t.reshape(shape) for t in (low, span, start))
-    unit = ((change @ moments.gram) * change).sum(-1, keepdim=True)
+    gram = moments.damped(damp)
+    unit = ((change @ gram) * change).sum(-1, keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
     pull = floats @ moments.cross / unit
     fixed = unit.new_zeros(()) if mask is None else (~mask).reshape(shape)
@@ -163,7 +173,7 @@ def adaround(weight: Tensor, moments: Moments, spec: TensorSpec, scale: Tensor, 
         h = (opened * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp_(0, 1)
         slope = opened * (1 - opened) * (STRETCH[1] - STRETCH[0]) * ((h > 0) & (h < 1))
         change = torch.where(fixed.bool(), 0.0, low + h * span - floats)
-        gradient = ((change @ moments.gram) / unit - pull) * (2 * span)
+        gradient = ((change @ gram) / unit - pull) * (2 * span)
         progress = (step / max(1, steps) - WARM_UP) / (1 - WARM_UP)
         if progress >= 0:
             beta = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -315,7 +325,7 @@ def hold_codes(product: QuantizedModule, codes: Tensor, scale: Tensor, zero_poin
 
 def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callable[[str, int, int], None] | None = None,
                      *, reference: nn.Module, steps: int, learning_rate: float,
-                     regularization: float) -> Mapping[str, str]:
+                     regularization: float, damp: float) -> Mapping[str, str]:
     """AdaRound for every layer of a prepared model, in the order in which they run.
 
     Inputs are those that the rounded layers before make; outputs to meet are the float model's (asymmetric
@@ -324,7 +334,7 @@ def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callabl
     Args:
         model: prepared, with ranges; changed in place.
         reference: :func:`float_reference` of it.
-        steps, learning_rate, regularization: see :func:`adaround`.
+        steps, learning_rate, regularization, damp: see :func:`adaround`.
 
     Returns:
         A note for each product with a quantized weight.
@@ -351,7 +361,7 @@ def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callabl
         weight, spec, mask = matrix_of(product), quantizer.spec, quantizer.mask
         scale, zero_point = quantizer.place(*_tensors(quantizer))
         codes = adaround(weight, moments, spec, scale, zero_point, None if mask is None else mask.flatten(1),
-                         steps, learning_rate, regularization)
+                         steps, learning_rate, regularization, damp)
         nearest = quantizer.codes(product.weight_matrix()).flatten(1)
         trouble = hold_codes(product, codes, scale, zero_point)
         if trouble:

@@ -129,8 +129,6 @@ def walk(model: nn.Module, batches: Sequence[Any], stops: Mapping[str, nn.Module
     def started(walker: nn.Module) -> list[_Forward]:
         return [_Forward(number, walker, batch) for number, batch in enumerate(batches)]
 
-    forwards: list[_Forward] = []
-    companions: list[_Forward] = []
     with ExitStack() as stack:
         for walker in (model,) if beside is None else (model, beside):
             stack.enter_context(evaluating(walker))
@@ -138,9 +136,10 @@ def walk(model: nn.Module, batches: Sequence[Any], stops: Mapping[str, nn.Module
                 handle = module.register_forward_pre_hook(door(name), with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
         stack.enter_context(uncompiled())
-        stack.callback(lambda: [f.abandon() for f in (*forwards, *companions)])
-        forwards += started(model)
-        companions += [] if beside is None else started(beside)
+        forwards = started(model)
+        companions = [] if beside is None else started(beside)
+        for forward in (*forwards, *companions):
+            stack.callback(forward.abandon)
         current.update({f.thread.ident: f for f in (*forwards, *companions) if f.thread.ident is not None})
         moving = [*forwards, *companions]
         while True:
