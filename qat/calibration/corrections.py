@@ -8,7 +8,7 @@ the layer. (Nagel et al. 2019, Data-Free Quantization, arXiv 1906.04721, section
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from qat.calibration.rounding import layer_stops, matrix_of, moments_of, product
 from qat.calibration.walk import Arrival, walk
 from qat.errors import CalibrationError, UnsupportedError
 from qat.modules.base import QuantizedModule
+from qat.modules.normalization import QuantizedBatchNorm
 from qat.rewriter import quantized_modules
+from qat.tracing import run
 
 
 def mean_error(weight: Tensor, values: Tensor, mean: Tensor, float_mean: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
                    *, reference: nn.Module) -> Mapping[str, str]:
     """Bias correction for every layer of a prepared model, in the order in which they run.
 
-    The error goes into the layer's bias, or, where it has none, into that of the batch norm which is folded into it.
+    The error goes into the layer's bias, or, where it has none, into that of the batch norm behind it.
 
     Args:
         model: prepared, with ranges and its final codes; changed in place.
@@ -48,6 +50,8 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
         A note for each product with a quantized weight.
     """
     stops, twins, notes, done = layer_stops(model), quantized_modules(reference), {}, 0
+    with torch.no_grad():
+        norms = {layer: model.get_submodule(n) for layer, n in norms_behind(reference, stops, batches[:1]).items()}
 
     def work(name: str, arrivals: list[Arrival]) -> None:
         nonlocal done
@@ -58,7 +62,7 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
             progress("bias_correction", done, len(stops))
 
     def one(product: QuantizedModule, name: str, arrivals: list[Arrival]) -> str:
-        bias, gain = bias_behind(product)
+        bias, gain = bias_behind(product, norms.get(name))
         if bias is None:
             return "none, there is no bias to correct"
         try:
@@ -80,14 +84,38 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
     return notes
 
 
-def bias_behind(product: QuantizedModule) -> tuple[Tensor | None, Tensor | None]:
-    """The bias that a product's mean error can go into, and the gain between the two; None, None if there is none."""
-    gain, _ = product.folded()
+def norms_behind(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -> dict[str, str]:
+    """The batch norms that each read the output of one of ``layers``, and of nothing else: layer -> norm, by name."""
+    made: dict[int, tuple[str, Any]] = {}           # with the output itself, so that its id stays its own
+    read: dict[str, set[str]] = {}
+    handles = []
+    for name in layers:
+        handles.append(model.get_submodule(name).register_forward_hook(
+            lambda module, args, y, name=name: made.__setitem__(id(y), (name, y))))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedBatchNorm):
+            handles.append(module.register_forward_pre_hook(
+                lambda module, args, name=name: read.setdefault(name, set()).add(made.get(id(args[0]), ("",))[0])))
+    try:
+        for batch in batches:
+            run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: norm for norm, sources in read.items() if len(sources) == 1 for layer in sources if layer}
+
+
+def bias_behind(product: QuantizedModule, norm: nn.Module | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias that a product's mean error can go into, and the gain between the two; None, None if there is none.
+
+    Args:
+        norm: the batch norm behind.
+    """
     if nn.utils.parametrize.is_parametrized(product, "bias"):
         return None, None
     own = getattr(product, "bias", None)
     if own is not None:
         return own, None
-    if gain is None:
+    if not isinstance(norm, QuantizedBatchNorm) or norm.bias is None or norm.running_mean is None:
         return None, None
-    return product._batch_norm[0].bias, gain
+    return norm.bias, norm.gain_and_offset()[0]

@@ -36,7 +36,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     A block is a module with a forward of its own and two layers or more, that is
     - a member of an ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict`` (the outermost ones count, but not one
       that holds most of the model's layers while two or more such members are inside of it), or
-    - somewhere else in the model, with at most half of its layers, and has no such members inside.
+    - somewhere else in the model, with at most half of its layers, and with less than two such members inside.
 
     Each layer outside of these is a block of its own.
     """
@@ -49,7 +49,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
             return
         small, members = 2 * len(inner) <= len(layers), _members(module, layers)
         whole = len(inner) > 1 and not _plain(module) and module is not model and (
-            (small or members < 2) if isinstance(parent, CONTAINERS) else (small and not members))
+            (small or members < 2) if isinstance(parent, CONTAINERS) else (small and members < 2))
         if module in layers or whole:
             found[name] = module
             return

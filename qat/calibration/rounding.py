@@ -358,7 +358,7 @@ def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callabl
             moments = moments_of(product, twins[product.name], stops[name], twins[name], arrivals)
         except (UnsupportedError, CalibrationError) as error:
             return f"nearest codes, {str(error).removeprefix(f'{product.name}: ')}"
-        weight, spec, mask = matrix_of(product), quantizer.spec, quantizer.mask
+        weight, spec, mask = matrix_of(product).clone(), quantizer.spec, quantizer.mask
         scale, zero_point = quantizer.place(*_tensors(quantizer))
         codes = adaround(weight, moments, spec, scale, zero_point, None if mask is None else mask.flatten(1),
                          steps, learning_rate, regularization, damp)
@@ -368,7 +368,7 @@ def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callabl
             return f"nearest codes, {trouble}"
         before, after = (float(moments.error(weight, affine.dequantize(c, scale, zero_point, spec)).mean())
                          for c in (nearest, codes))
-        return f"output error {before:.3g} -> {after:.3g}"
+        return f"output error {before:.2g} -> {after:.2g}"
 
     with torch.no_grad():
         missing = walk(model, batches, stops, work, beside=reference)

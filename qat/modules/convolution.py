@@ -7,6 +7,8 @@ flipped, so that every backend serves it. Its weight is seen, and stored, as tha
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,18 @@ def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
     return ste.rearranged(x, x.codes.unsqueeze(0), lambda g: g.squeeze(0)) if x.codes.dim() == dims + 1 else x
 
 
+def unfolded(x: Tensor, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...],
+             groups: int) -> Tensor:
+    """A padded input (batch, in, *spatial) as rows of a product with the kernel: (groups, rows, in // groups * taps)."""
+    dims = len(kernel)
+    for dim, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations)):
+        x = x.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    batch, channels, *rest = x.shape
+    grouped = x.reshape(batch, groups, channels // groups, *rest)
+    places, taps = list(range(3, 3 + dims)), list(range(3 + dims, 3 + 2 * dims))
+    return grouped.permute(1, 0, *places, 2, *taps).reshape(groups, -1, channels // groups * math.prod(kernel))
+
+
 class QuantizedConvolution(QuantizedModule):
     """x (batch, in, *spatial) or (in, *spatial); weight (out, in // groups, *kernel)."""
 
@@ -42,12 +56,7 @@ class QuantizedConvolution(QuantizedModule):
             values = F.pad(values, [n for pair in zip(reversed(before), reversed(after)) for n in pair])
         else:
             values = self._pad(values)
-        for dim, (size, stride, dilation) in enumerate(zip(self.kernel_size, self.stride, self.dilation)):
-            values = values.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        batch, channels, *rest = values.shape
-        grouped = values.reshape(batch, self.groups, channels // self.groups, *rest)
-        places, taps = list(range(3, 3 + dims)), list(range(3 + dims, 3 + 2 * dims))
-        return grouped.permute(1, 0, *places, 2, *taps).reshape(self.groups, -1, self.weight[0].numel())
+        return unfolded(values, self.kernel_size, self.stride, self.dilation, self.groups)
 
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
@@ -153,15 +162,28 @@ class QuantizedTransposedConvolution(QuantizedModule):
         grouped = matrix.reshape(self.groups, -1, *matrix.shape[1:]).transpose(1, 2).flip(taps)
         return grouped.reshape(self.in_channels, self.out_channels // self.groups, *matrix.shape[2:])
 
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        values, dims = self.float_input(x), len(self.kernel_size)
+        values = values if values.dim() == dims + 2 else values.unsqueeze(0)
+        full, window, crop = self._canvas(values.shape[2:], self._extra(values, None))
+        canvas = values.new_zeros((*values.shape[:2], *full))
+        canvas[window] = values
+        return unfolded(canvas[crop], self.kernel_size, (1,) * dims, self.dilation, self.groups)
+
+    def _extra(self, x: Tensor | QuantizedTensor, output_size: list[int] | None) -> list[int]:
+        """How much is added to one side of the output, for each spatial dimension."""
+        dims = len(self.kernel_size)
+        sized = torch.empty((1, 1, *x.shape[-dims:]), device="meta")
+        return self._output_padding(sized, output_size, list(self.stride), list(self.padding), list(self.kernel_size),
+                                    dims, list(self.dilation))
+
     def forward(self, input: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
         x = input
         dims = len(self.kernel_size)
         single = len(x.shape) == dims + 1
         if isinstance(x, Tensor) and single:
             x = x.unsqueeze(0)
-        sized = torch.empty((1, 1, *x.shape[-dims:]), device="meta")
-        extra = self._output_padding(sized, output_size, list(self.stride), list(self.padding),
-                                     list(self.kernel_size), dims, list(self.dilation))
+        extra = self._extra(x, output_size)
         if self.calibrating or self.plan.weight is None:
             y = self._float(self.float_input(x), self.float_weight(), self.bias, extra)
         elif self.plan.input is None:
@@ -178,6 +200,22 @@ class QuantizedTransposedConvolution(QuantizedModule):
         convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(self.kernel_size)]
         return convolve(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
+    def _canvas(self, spatial: Sequence[int],
+                extra: list[int]) -> tuple[list[int], tuple[slice, ...], tuple[slice, ...]]:
+        """Where an input goes, ``stride`` apart and with the margin that the flipped kernel needs.
+
+        Returns:
+            The spatial shape of the canvas, the window that takes the values, and the crop that the kernel sees.
+        """
+        margins = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)]
+        sizes = [(n - 1) * s + 1 for n, s in zip(spatial, self.stride)]
+        window = (slice(None), slice(None), *(slice(max(0, m), max(0, m) + n, s)
+                                              for m, n, s in zip(margins, sizes, self.stride)))
+        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, sizes, extra)]
+        crop = (slice(None), slice(None), *(slice(max(0, -m), f - max(0, -(m + e)))
+                                            for m, f, e in zip(margins, full, extra)))
+        return full, window, crop
+
     def _spread(self, x: QuantizedTensor, extra: list[int]) -> QuantizedTensor:
         """The codes ``stride`` apart on a canvas of real zeros, with the margin that the flipped kernel needs."""
         if isinstance(x.zero_point, Tensor):
@@ -186,13 +224,7 @@ class QuantizedTransposedConvolution(QuantizedModule):
         if not x.spec.fmt.has_zero:
             raise UnsupportedError(f"{self.name}: {x.spec.fmt} has no zero to spread the input with; use an affine "
                                    "format for the input of transposed convolutions")
-        margins = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)]
-        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride)]
-        window = (slice(None), slice(None), *(slice(max(0, m), max(0, m) + n, s)
-                                              for m, n, s in zip(margins, sizes, self.stride)))
-        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, sizes, extra)]
-        crop = (slice(None), slice(None), *(slice(max(0, -m), f - max(0, -(m + e)))
-                                            for m, f, e in zip(margins, full, extra)))
+        full, window, crop = self._canvas(x.shape[2:], extra)
 
         def spread(codes: Tensor, fill: float) -> Tensor:
             canvas = codes.new_full((*codes.shape[:2], *full), fill)
