@@ -31,7 +31,7 @@ def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
 
 def unfolded(x: Tensor, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...],
              groups: int) -> Tensor:
-    """A padded input (batch, in, *spatial) as rows of a product with the kernel: (groups, rows, in // groups * taps)."""
+    """A padded input (batch, in, *spatial) as rows for a product with kernels: (groups, rows, in // groups * taps)."""
     dims = len(kernel)
     for dim, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations)):
         x = x.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]

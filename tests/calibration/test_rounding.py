@@ -32,7 +32,8 @@ def on_grid(weight: torch.Tensor, **spec) -> tuple[TensorSpec, torch.Tensor, tor
     return quantizer.spec, *quantizer.present()
 
 
-GRIDS = [*({"format": f} for f in ("int8", "int4", "int3", "int2", "int4_midrise", "int2_midrise", "ternary", "binary")),
+FORMATS = ("int8", "int4", "int3", "int2", "int4_midrise", "int2_midrise", "ternary", "binary")
+GRIDS = [*({"format": f} for f in FORMATS),
          {"format": "uint4", "symmetric": False}, {"format": "int4", "granularity": "per_tensor"},
          {"format": "int3", "granularity": "per_group", "group_size": 8},
          {"format": "uint3", "symmetric": False, "granularity": "per_group", "group_size": 8}]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,36 @@ def test_a_layer_called_twice_is_worked_on_once() -> None:
     assert seen == ["0"]
 
 
+def test_a_second_model_walks_beside_with_inputs_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    twin, batches, seen = copy.deepcopy(model), [torch.randn(n, 3) for n in (1, 4)], []
+
+    def work(name, arrivals):
+        seen.append(name)
+        for arrival, batch in zip(arrivals, batches, strict=True):
+            assert torch.equal(arrival.args[0], model[: int(name)](batch))
+            assert torch.equal(arrival.beside.args[0], twin[: int(name)](batch))
+        with torch.no_grad():
+            model[int(name)].weight.mul_(0.5)
+
+    assert walk(model, batches, layers(model), work, beside=twin) == []
+    assert seen == ["0", "2", "4"]
+    assert not any(m._forward_pre_hooks for m in (*model.modules(), *twin.modules()))
+
+
+def test_where_the_second_model_takes_another_way_nobody_is_beside() -> None:
+    model, seen = Experts(), {}
+    twin = copy.deepcopy(model)
+    batches = [torch.ones(2, 4), -torch.ones(3, 4)]
+    with torch.no_grad():
+        twin.shared.weight.zero_()          # what the experts are chosen by is the input, so let that differ
+    twin.forward = lambda x: Experts.forward(twin, x.abs())
+    walk(model, batches, layers(model), lambda name, arrivals: seen.update(
+        {name: [(a.batch, a.beside is not None) for a in arrivals]}), beside=twin)
+    assert seen == {"shared": [(0, True), (1, True)], "experts.0": [(0, True)], "experts.1": [(1, False)],
+                    "head": [(0, True), (1, True)]}
+
+
 @pytest.mark.parametrize("where", ["work", "forward"])
 def test_an_error_ends_all_forwards_and_leaves_no_hook_and_no_thread(where: str) -> None:
     import threading
@@ -102,6 +134,9 @@ def test_gradients_are_off_on_the_way_and_batches_are_needed() -> None:
     (nn.Conv2d(3, 5, (3, 4), dilation=(1, 2), padding="same"), (3, 6, 5)),
     (nn.Conv2d(2, 3, 3, padding=2, padding_mode="reflect"), (1, 2, 6, 7)),
     (nn.Conv3d(2, 4, 2, groups=2), (1, 2, 3, 4, 5)),
+    (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5)),
+    (nn.ConvTranspose2d(4, 6, (3, 2), stride=(1, 3), padding=2, dilation=2, groups=2), (2, 4, 6, 5)),
+    (nn.ConvTranspose2d(3, 5, 2, stride=2), (3, 4, 3)),
 ], ids=lambda v: str(v)[:40])
 def test_input_rows_times_the_weight_is_the_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
