@@ -31,7 +31,10 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "reconstruction": {"steps": 200, "learning_rate": 0.02, "scale_learning_rate": 2e-3},
     "bias_correction": {},
 }
-"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options."""
+"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options.
+
+Options of roundings: ``qat/calibration/rounding.py`` and ``reconstruction.py`` explain them where they use them.
+"""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
 

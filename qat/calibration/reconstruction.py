@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.calibration.rounding import hold_codes, layer_stops, shared_weights
+from qat.calibration.rounding import hold_codes, layer_stops, shared_weights, weight_parameter
 from qat.calibration.walk import Arrival, walk
-from qat.modules.adapted import Adapted
 from qat.modules.base import QuantizedModule
-from qat.modules.composite import Part
 from qat.numerics import affine
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import LearnedQuantizer, StaticQuantizer
@@ -141,16 +139,7 @@ class Trained:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.weights, *self.scales]
-
-
-def weight_parameter(product: QuantizedModule) -> nn.Parameter | None:
-    """The parameter that holds a product's weight; None where the weight is computed from others."""
-    holder, attribute = (product.source.holder(product.owner), product.source.attribute) \
-        if isinstance(product, Part) else (product, "weight")
-    if isinstance(holder, Adapted) or nn.utils.parametrize.is_parametrized(holder, attribute):
-        return None
-    return holder._parameters.get(attribute)
+        return [*self.weights, *dict.fromkeys(self.scales)]
 
 
 def _trained(block: nn.Module, shared: set[str], notes: dict[str, str]) -> Trained:
@@ -243,7 +232,8 @@ def train_block(block: nn.Module, trained: Trained, examples: Sequence[Example],
     generator, order = torch.Generator().manual_seed(0), list[int]()
     with _differentiating(block, trained.parameters):
         groups = [{"params": [p], "lr": learning_rate * unit} for p, unit in trained.weights.items()]
-        groups += [{"params": trained.scales, "lr": scale_learning_rate}] if trained.scales else []
+        scales = list(dict.fromkeys(trained.scales))
+        groups += [{"params": scales, "lr": scale_learning_rate}] if scales else []
         optimizer = torch.optim.Adam(groups)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5 * (1 + math.cos(math.pi * n / steps)))
         for _ in range(steps):

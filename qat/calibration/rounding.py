@@ -138,8 +138,10 @@ def adaround(weight: Tensor, moments: Moments, spec: TensorSpec, scale: Tensor, 
     How far up a weight is rounded is ``h(v) = clamp(sigmoid(v) * 1.2 - 0.1, 0, 1)``; ``v`` is trained by Adam on the
     output error (in units of that of the nearest codes) plus ``regularization`` times the mean of
     ``1 - |2 h - 1|^beta``, with beta falling from 20 to 2, which drives each ``h`` to 0 or 1. An output channel whose
-    nearest codes are better keeps them. What few rows say of many inputs is half chance: the diagonal of H is raised by
-    ``damp * inputs / rows`` of its mean, which holds codes to their weights as far as the data are few. (Nagel et al. 2020, Up or Down?, arXiv 2004.10568.)
+    nearest codes are better keeps them. (Nagel et al. 2020, Up or Down?, arXiv 2004.10568.)
+
+    What few rows say of many inputs is half chance: the diagonal of H is raised by ``damp * inputs / rows`` of its
+    mean, which holds codes to their weights as far as the data are few.
 
     Args:
         weight: (groups * out, in), float.
@@ -165,14 +167,16 @@ def adaround(weight: Tensor, moments: Moments, spec: TensorSpec, scale: Tensor, 
     unit = ((change @ gram) * change).sum(-1, keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
     pull = floats @ moments.cross / unit
-    fixed = unit.new_zeros(()) if mask is None else (~mask).reshape(shape)
+    free = None if mask is None else mask.reshape(shape)
     v = torch.logit((start.clamp(0, 1) - STRETCH[0]) / (STRETCH[1] - STRETCH[0]))
     first, second = torch.zeros_like(v), torch.zeros_like(v)
     for step in range(steps):
         opened = v.sigmoid()
         h = (opened * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp_(0, 1)
         slope = opened * (1 - opened) * (STRETCH[1] - STRETCH[0]) * ((h > 0) & (h < 1))
-        change = torch.where(fixed.bool(), 0.0, low + h * span - floats)
+        change = low + h * span - floats
+        if free is not None:
+            change *= free
         gradient = ((change @ gram) / unit - pull) * (2 * span)
         progress = (step / max(1, steps) - WARM_UP) / (1 - WARM_UP)
         if progress >= 0:
@@ -221,16 +225,23 @@ def layer_stops(model: nn.Module) -> dict[str, QuantizedModule]:
     return {n: m for n, m in quantized_modules(model).items() if not isinstance(m, Part) and products_at(m)}
 
 
+def weight_parameter(product: QuantizedModule) -> nn.Parameter | None:
+    """The parameter that holds a product's weight; None where the weight is computed from others."""
+    holder, attribute = ((product.source.holder(product.owner), product.source.attribute)
+                         if isinstance(product, Part) else (product, "weight"))
+    return None if isinstance(holder, Adapted) else holder._parameters.get(attribute)
+
+
 def shared_weights(model: nn.Module) -> set[str]:
     """The names of products whose weight another module holds or reads too."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(name)
-    shared = {n for names in holders.values() if len(names) > 1 for n in names}
-    tied = {m.plan.tied_to for m in quantized_modules(model).values()} - {None}
-    return {n for n, m in quantized_modules(model).items() if n in shared or n in tied or m.plan.tied_to is not None}
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for key in {id(p) for p in module._parameters.values() if p is not None}:
+            holders[key] = holders.get(key, 0) + 1
+    products = {n: m for n, m in quantized_modules(model).items() if m.weight_quantizer is not None}
+    tied = {m.plan.tied_to for m in products.values()}
+    return {n for n, m in products.items()
+            if n in tied or m.plan.tied_to is not None or holders.get(id(weight_parameter(m)), 0) > 1}
 
 
 def inputs_of(product: QuantizedModule, stop: nn.Module, arrival: Arrival) -> list[Any]:
@@ -308,8 +319,8 @@ def hold_codes(product: QuantizedModule, codes: Tensor, scale: Tensor, zero_poin
     quantizer = product.weight_quantizer
     assert quantizer is not None
     before = product.weight_matrix().detach().clone()
-    if isinstance(product, Adapted):
-        return "its weight is computed from a base and an adapter; merge them first"
+    if weight_parameter(product) is None and not nn.utils.parametrize.is_parametrized(product, "weight"):
+        return "its weight is computed from others"
     try:
         product.write_weight(affine.dequantize(codes, scale, zero_point, quantizer.spec).reshape(before.shape))
     except CalibrationError as error:
