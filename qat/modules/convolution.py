@@ -8,7 +8,7 @@ flipped, so that every backend serves it. Its weight is seen, and stored, as tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
     return ste.rearranged(x, x.codes.unsqueeze(0), lambda g: g.squeeze(0)) if x.codes.dim() == dims + 1 else x
 
 
-def unfolded(x: Tensor, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...],
-             groups: int) -> Tensor:
-    """A padded input (batch, in, *spatial) as rows for a product with kernels: (groups, rows, in // groups * taps)."""
+def window_rows(x: Tensor, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+                ) -> Tensor:
+    """What a kernel sees at each place of a padded input: (batch, in, *spatial) to (groups, places, in * kernel)."""
     dims = len(kernel)
-    for dim, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations)):
-        x = x.unfold(2 + dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    for dim, (size, step, spread) in enumerate(zip(kernel, stride, dilation)):
+        x = x.unfold(2 + dim, (size - 1) * spread + 1, step)[..., ::spread]
     batch, channels, *rest = x.shape
     grouped = x.reshape(batch, groups, channels // groups, *rest)
     places, taps = list(range(3, 3 + dims)), list(range(3 + dims, 3 + 2 * dims))
@@ -56,7 +56,7 @@ class QuantizedConvolution(QuantizedModule):
             values = F.pad(values, [n for pair in zip(reversed(before), reversed(after)) for n in pair])
         else:
             values = self._pad(values)
-        return unfolded(values, self.kernel_size, self.stride, self.dilation, self.groups)
+        return window_rows(values, self.groups, self.kernel_size, self.stride, self.dilation)
 
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
@@ -163,19 +163,12 @@ class QuantizedTransposedConvolution(QuantizedModule):
         return grouped.reshape(self.in_channels, self.out_channels // self.groups, *matrix.shape[2:])
 
     def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
-        values, dims = self.float_input(x), len(self.kernel_size)
-        values = values if values.dim() == dims + 2 else values.unsqueeze(0)
-        full, window, crop = self._canvas(values.shape[2:], self._extra(values, None))
-        canvas = values.new_zeros((*values.shape[:2], *full))
-        canvas[window] = values
-        return unfolded(canvas[crop], self.kernel_size, (1,) * dims, self.dilation, self.groups)
-
-    def _extra(self, x: Tensor | QuantizedTensor, output_size: list[int] | None) -> list[int]:
-        """How much is added to one side of the output, for each spatial dimension."""
+        """As for every layer: the rows of the plain convolution, without what ``output_size`` adds at the edge."""
         dims = len(self.kernel_size)
-        sized = torch.empty((1, 1, *x.shape[-dims:]), device="meta")
-        return self._output_padding(sized, output_size, list(self.stride), list(self.padding), list(self.kernel_size),
-                                    dims, list(self.dilation))
+        values = self.float_input(x)
+        values = values if values.dim() == dims + 2 else values.unsqueeze(0)
+        spread, _ = self._canvas(values.shape[2:], list(self.output_padding))
+        return window_rows(spread(values, 0.0), self.groups, self.kernel_size, (1,) * dims, self.dilation)
 
     def forward(self, input: Tensor | QuantizedTensor, output_size: list[int] | None = None) -> Any:
         x = input
@@ -183,7 +176,9 @@ class QuantizedTransposedConvolution(QuantizedModule):
         single = len(x.shape) == dims + 1
         if isinstance(x, Tensor) and single:
             x = x.unsqueeze(0)
-        extra = self._extra(x, output_size)
+        sized = torch.empty((1, 1, *x.shape[-dims:]), device="meta")
+        extra = self._output_padding(sized, output_size, list(self.stride), list(self.padding),
+                                     list(self.kernel_size), dims, list(self.dilation))
         if self.calibrating or self.plan.weight is None:
             y = self._float(self.float_input(x), self.float_weight(), self.bias, extra)
         elif self.plan.input is None:
@@ -200,22 +195,6 @@ class QuantizedTransposedConvolution(QuantizedModule):
         convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(self.kernel_size)]
         return convolve(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
-    def _canvas(self, spatial: Sequence[int],
-                extra: list[int]) -> tuple[list[int], tuple[slice, ...], tuple[slice, ...]]:
-        """Where an input goes, ``stride`` apart and with the margin that the flipped kernel needs.
-
-        Returns:
-            The spatial shape of the canvas, the window that takes the values, and the crop that the kernel sees.
-        """
-        margins = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)]
-        sizes = [(n - 1) * s + 1 for n, s in zip(spatial, self.stride)]
-        window = (slice(None), slice(None), *(slice(max(0, m), max(0, m) + n, s)
-                                              for m, n, s in zip(margins, sizes, self.stride)))
-        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, sizes, extra)]
-        crop = (slice(None), slice(None), *(slice(max(0, -m), f - max(0, -(m + e)))
-                                            for m, f, e in zip(margins, full, extra)))
-        return full, window, crop
-
     def _spread(self, x: QuantizedTensor, extra: list[int]) -> QuantizedTensor:
         """The codes ``stride`` apart on a canvas of real zeros, with the margin that the flipped kernel needs."""
         if isinstance(x.zero_point, Tensor):
@@ -224,11 +203,24 @@ class QuantizedTransposedConvolution(QuantizedModule):
         if not x.spec.fmt.has_zero:
             raise UnsupportedError(f"{self.name}: {x.spec.fmt} has no zero to spread the input with; use an affine "
                                    "format for the input of transposed convolutions")
-        full, window, crop = self._canvas(x.shape[2:], extra)
+        spread, back = self._canvas(x.shape[2:], extra)
+        return ste.rearranged(x, spread(x.codes, int(x.zero_point or 0)), back)
 
-        def spread(codes: Tensor, fill: float) -> Tensor:
-            canvas = codes.new_full((*codes.shape[:2], *full), fill)
-            canvas[window] = codes
+    def _canvas(self, sizes: torch.Size, extra: list[int]
+                ) -> tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor], Tensor]]:
+        """How an input of these spatial sizes is spread on a canvas filled with a value, and how its gradient comes
+        back."""
+        margins = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)]
+        spans = [(n - 1) * s + 1 for n, s in zip(sizes, self.stride)]
+        window = (slice(None), slice(None), *(slice(max(0, m), max(0, m) + n, s)
+                                              for m, n, s in zip(margins, spans, self.stride)))
+        full = [max(0, m) + n + max(0, m + e) for m, n, e in zip(margins, spans, extra)]
+        crop = (slice(None), slice(None), *(slice(max(0, -m), f - max(0, -(m + e)))
+                                            for m, f, e in zip(margins, full, extra)))
+
+        def spread(x: Tensor, fill: float) -> Tensor:
+            canvas = x.new_full((*x.shape[:2], *full), fill)
+            canvas[window] = x
             return canvas[crop]
 
         def back(g: Tensor) -> Tensor:
@@ -236,7 +228,7 @@ class QuantizedTransposedConvolution(QuantizedModule):
             canvas[crop] = g
             return canvas[window]
 
-        return ste.rearranged(x, spread(x.codes, int(x.zero_point or 0)), back)
+        return spread, back
 
 
 @register

@@ -134,14 +134,17 @@ def test_gradients_are_off_on_the_way_and_batches_are_needed() -> None:
     (nn.Conv2d(3, 5, (3, 4), dilation=(1, 2), padding="same"), (3, 6, 5)),
     (nn.Conv2d(2, 3, 3, padding=2, padding_mode="reflect"), (1, 2, 6, 7)),
     (nn.Conv3d(2, 4, 2, groups=2), (1, 2, 3, 4, 5)),
-    (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5)),
-    (nn.ConvTranspose2d(4, 6, (3, 2), stride=(1, 3), padding=2, dilation=2, groups=2), (2, 4, 6, 5)),
-    (nn.ConvTranspose2d(3, 5, 2, stride=2), (3, 4, 3)),
+    (nn.ConvTranspose1d(4, 3, 3, stride=2, padding=1), (4, 9)),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (3, 4, 5, 5)),
+    (nn.ConvTranspose2d(6, 2, 2, padding=2, dilation=3), (2, 6, 7, 7)),
+    (nn.ConvTranspose3d(4, 2, (1, 2, 3), stride=(1, 2, 1)), (2, 4, 3, 3, 3)),
 ], ids=lambda v: str(v)[:40])
-def test_input_rows_times_the_weight_is_the_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8"])
+def test_input_rows_times_the_weight_is_the_layer(layer: nn.Module, shape: tuple[int, ...], preset: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)
-    model = qat.prepare(nn.Sequential(layer), "w8a16", x)
+    model = qat.prepare(nn.Sequential(layer), preset, x)
+    qat.calibrate(model, [x])
     quantized = model[0]
     rows = quantized.input_rows(x)
     matrix = quantized.quantized_weight().dequantize().flatten(1).reshape(len(rows), -1, rows.shape[-1])
