@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     Learned scales get their start from it. The model runs in eval, without gradients; its own mode comes back
     afterwards. Ranges start anew: what was observed before is forgotten. The first run also shows which matrix products
     the model calls as functions (see :func:`qat.coverage`). If finding ranges fails, the quantizers are as they were.
-    Algorithms that compare with the float model (AdaRound, reconstruction, bias correction) hold a copy of it meanwhile.
+    Algorithms that compare with the float model (AdaRound, reconstruction, bias correction) hold a copy of it.
 
     In a run of several processes (an initialized ``torch.distributed`` group) each calibrates with batches of its own,
     as many as it has, and their ranges are merged: all processes get those that one would get from all batches.
