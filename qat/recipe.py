@@ -27,11 +27,14 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "smoothquant": {"alpha": 0.5},
     "awq": {"steps": 20, "clip": True},
     "gptq": {"damp": 0.01, "order": True},
-    "adaround": {"steps": 400, "learning_rate": 1e-2, "weight": 0.01, "rows": 1024},
-    "reconstruction": {"steps": 200, "learning_rate": 1e-4, "scale_learning_rate": 1e-4},
+    "adaround": {"steps": 400, "learning_rate": 0.1, "regularization": 10.0, "damp": 0.5},
+    "reconstruction": {"steps": 200, "learning_rate": 0.02, "scale_learning_rate": 2e-3},
     "bias_correction": {},
 }
-"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options."""
+"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options.
+
+Options of roundings: ``qat/calibration/rounding.py`` and ``reconstruction.py`` explain them where they use them.
+"""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
 

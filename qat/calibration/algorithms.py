@@ -17,8 +17,11 @@ from typing import Any, Literal
 from torch import nn
 
 from qat.calibration import processes
+from qat.calibration.corrections import correct_biases
 from qat.calibration.gptq import round_weights
 from qat.calibration.ranges import find_ranges
+from qat.calibration.reconstruction import reconstruct
+from qat.calibration.rounding import float_reference, round_adaptively
 from qat.errors import CalibrationError, ConvertError, RecipeError
 from qat.quantizers.quantizer import DynamicQuantizer, StaticQuantizer
 from qat.recipe import PLACING
@@ -32,7 +35,14 @@ Driver = Callable[..., Mapping[str, str]]
 that it changed, or would have changed but could not."""
 
 REWRITES: dict[str, Driver] = {}
-ROUNDINGS: dict[str, Driver] = {"gptq": round_weights}
+ROUNDINGS: dict[str, Driver] = {
+    "gptq": round_weights,
+    "adaround": round_adaptively,
+    "reconstruction": reconstruct,
+    "bias_correction": correct_biases,
+}
+COMPARING = ("adaround", "reconstruction", "bias_correction")
+"""Drivers that take ``reference=`` too: the model as it was before any rounding, in floating point."""
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool = False,
@@ -43,6 +53,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
     Learned scales get their start from it. The model runs in eval, without gradients; its own mode comes back
     afterwards. Ranges start anew: what was observed before is forgotten. The first run also shows which matrix products
     the model calls as functions (see :func:`qat.coverage`). If finding ranges fails, the quantizers are as they were.
+    Algorithms that compare with the float model (AdaRound, reconstruction, bias correction) hold a copy of it.
 
     In a run of several processes (an initialized ``torch.distributed`` group) each calibrates with batches of its own,
     as many as it has, and their ranges are merged: all processes get those that one would get from all batches.
@@ -92,9 +103,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool =
         if algorithm.name in REWRITES:
             _note(state.notes, REWRITES[algorithm.name](model, batches, progress, **dict(algorithm.options)))
     find_ranges(model, batches, ignore_nonfinite, merge)
+    reference = float_reference(model) if any(a.name in COMPARING for a in wanted) else None
     for algorithm in wanted:
         if algorithm.name in ROUNDINGS:
-            _note(state.notes, ROUNDINGS[algorithm.name](model, batches, progress, **dict(algorithm.options)))
+            options = dict(algorithm.options) | ({"reference": reference} if algorithm.name in COMPARING else {})
+            _note(state.notes, ROUNDINGS[algorithm.name](model, batches, progress, **options))
     return model
 
 

@@ -5,13 +5,17 @@ them. Running the model anew for every layer takes as many runs as there are lay
 guess at what a model does between its blocks. Here each batch is one forward in a thread of its own, held at the door
 of a layer until all batches have come there. So there is one forward in all, whatever the model does in between, and
 what is held in memory is what a forward holds at one point, once for each batch. Only one thread runs at any time.
+
+A second model can walk beside: the float one, say, so that at each layer there is what it is called with, and what it
+would have been called with had nothing been rounded.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +31,12 @@ class Arrival(Arguments):
 
     Attributes:
         batch: number of the batch.
+        beside: the same batch in front of the same module of the model that walks beside; None: there is none, or it
+            took another way.
     """
 
     batch: int
+    beside: Arrival | None = None
 
 
 class _Abandoned(BaseException):
@@ -85,7 +92,7 @@ class _Forward:
 
 
 def walk(model: nn.Module, batches: Sequence[Any], stops: Mapping[str, nn.Module],
-         work: Callable[[str, list[Arrival]], None]) -> list[str]:
+         work: Callable[[str, list[Arrival]], None], beside: nn.Module | None = None) -> list[str]:
     """Run ``model`` on all batches at once, in eval, without gradients, and call ``work`` at each stop.
 
     ``work(name, arrivals)`` may change the module: the batches that wait there run it afterwards as it is then, and so
@@ -95,6 +102,7 @@ def walk(model: nn.Module, batches: Sequence[Any], stops: Mapping[str, nn.Module
     Args:
         batches: inputs as for :func:`~qat.calibrate`.
         stops: name -> module; none of them inside another one.
+        beside: a model with modules of the same names, that the batches walk through at the same time.
 
     Returns:
         The names of the stops that no batch came to.
@@ -115,33 +123,46 @@ def walk(model: nn.Module, batches: Sequence[Any], stops: Mapping[str, nn.Module
                 forward.stop(name, args, kwargs)
         return arrive
 
-    forwards: list[_Forward] = []
-    handles = [m.register_forward_pre_hook(door(n), with_kwargs=True, prepend=True) for n, m in stops.items()]
-    try:
-        with uncompiled(), evaluating(model):
-            for number, batch in enumerate(batches):
-                forward = _Forward(number, model, batch)
-                forwards.append(forward)
-                assert forward.thread.ident is not None
-                current[forward.thread.ident] = forward
-            moving = forwards
-            while True:
-                for forward in moving:
-                    forward.advance()
-                    if forward.error is not None:
-                        raise _named(forward)
-                waiting = [f for f in forwards if f.at is not None]
-                if not waiting:
-                    return [name for name in stops if name not in worked]
-                name = min((f.at for f in waiting if f.at is not None), key=order.__getitem__)
-                moving = [f for f in waiting if f.at == name]
-                work(name, [f.arrival for f in moving if f.arrival is not None])
-                worked.add(name)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for forward in forwards:
-            forward.abandon()
+    def started(walker: nn.Module) -> list[_Forward]:
+        return [_Forward(number, walker, batch) for number, batch in enumerate(batches)]
+
+    with ExitStack() as stack:
+        for walker in (model,) if beside is None else (model, beside):
+            stack.enter_context(evaluating(walker))
+            for name, module in (stops if walker is model else _twins(walker, stops)).items():
+                handle = module.register_forward_pre_hook(door(name), with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
+        stack.enter_context(uncompiled())
+        forwards = started(model)
+        companions = [] if beside is None else started(beside)
+        for forward in (*forwards, *companions):
+            stack.callback(forward.abandon)
+        current.update({f.thread.ident: f for f in (*forwards, *companions) if f.thread.ident is not None})
+        moving = [*forwards, *companions]
+        while True:
+            for forward in moving:
+                forward.advance()
+                if forward.error is not None:
+                    raise _named(forward)
+            waiting = [f for f in forwards if f.at is not None]
+            if not waiting:
+                return [name for name in stops if name not in worked]
+            name = min((f.at for f in waiting if f.at is not None), key=order.__getitem__)
+            behind = [f for f in companions if f.at is not None and order[f.at] < order[name]]
+            if behind:                              # they wait where nobody else will come
+                moving = list(behind)
+                continue
+            waiting = [f for f in waiting if f.at == name]
+            joined = {f.number: f for f in companions if f.at == name}
+            work(name, [replace(f.arrival, beside=joined[f.number].arrival if f.number in joined else None)
+                        for f in waiting if f.arrival is not None])
+            worked.add(name)
+            moving = [*waiting, *joined.values()]
+
+
+def _twins(model: nn.Module, stops: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules of ``model`` that have the names of ``stops``."""
+    return {name: model.get_submodule(name) for name in stops}
 
 
 def _named(forward: _Forward) -> BaseException:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,36 @@ def test_a_layer_called_twice_is_worked_on_once() -> None:
     model, seen = nn.Sequential(layer, layer), []
     walk(model, [torch.ones(1, 2)], {"0": layer}, lambda name, _: seen.append(name))
     assert seen == ["0"]
+
+
+def test_a_second_model_walks_beside_with_inputs_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    twin, batches, seen = copy.deepcopy(model), [torch.randn(n, 3) for n in (1, 4)], []
+
+    def work(name, arrivals):
+        seen.append(name)
+        for arrival, batch in zip(arrivals, batches, strict=True):
+            assert torch.equal(arrival.args[0], model[: int(name)](batch))
+            assert torch.equal(arrival.beside.args[0], twin[: int(name)](batch))
+        with torch.no_grad():
+            model[int(name)].weight.mul_(0.5)
+
+    assert walk(model, batches, layers(model), work, beside=twin) == []
+    assert seen == ["0", "2", "4"]
+    assert not any(m._forward_pre_hooks for m in (*model.modules(), *twin.modules()))
+
+
+def test_where_the_second_model_takes_another_way_nobody_is_beside() -> None:
+    model, seen = Experts(), {}
+    twin = copy.deepcopy(model)
+    batches = [torch.ones(2, 4), -torch.ones(3, 4)]
+    with torch.no_grad():
+        twin.shared.weight.zero_()          # what the experts are chosen by is the input, so let that differ
+    twin.forward = lambda x: Experts.forward(twin, x.abs())
+    walk(model, batches, layers(model), lambda name, arrivals: seen.update(
+        {name: [(a.batch, a.beside is not None) for a in arrivals]}), beside=twin)
+    assert seen == {"shared": [(0, True), (1, True)], "experts.0": [(0, True)], "experts.1": [(1, False)],
+                    "head": [(0, True), (1, True)]}
 
 
 @pytest.mark.parametrize("where", ["work", "forward"])
