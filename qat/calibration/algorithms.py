@@ -18,6 +18,7 @@ from torch import nn
 
 from qat.calibration import processes
 from qat.calibration.ranges import find_ranges
+from qat.calibration.rescaling import awq, equalization, smoothquant
 from qat.errors import CalibrationError, ConvertError, RecipeError
 from qat.quantizers.quantizer import DynamicQuantizer, StaticQuantizer
 from qat.recipe import PLACING
@@ -30,7 +31,7 @@ Driver = Callable[..., Mapping[str, str]]
 """``driver(model, batches, progress, **options)`` changes a prepared model in place; it returns a note for each layer
 that it changed, or would have changed but could not."""
 
-REWRITES: dict[str, Driver] = {}
+REWRITES: dict[str, Driver] = {"equalization": equalization, "smoothquant": smoothquant, "awq": awq}
 ROUNDINGS: dict[str, Driver] = {}
 
 
