@@ -23,7 +23,7 @@ EDGES = ("int8", "same")
 KEEP = ("float32", "float16", "bfloat16")
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "equalization": {"sweeps": 20},
-    "hadamard": {"seed": 0},
+    "hadamard": {"seed": 0, "stream": True, "heads": True},
     "smoothquant": {"alpha": 0.5},
     "awq": {"steps": 20, "clip": True},
     "gptq": {"damp": 0.01, "order": True, "block": 128},

@@ -19,6 +19,7 @@ from torch import nn
 from qat.calibration import processes
 from qat.calibration.ranges import find_ranges
 from qat.calibration.rescaling import awq, equalization, smoothquant
+from qat.calibration.rotation import hadamard
 from qat.errors import CalibrationError, ConvertError, RecipeError
 from qat.quantizers.quantizer import DynamicQuantizer, StaticQuantizer
 from qat.recipe import PLACING
@@ -31,7 +32,8 @@ Driver = Callable[..., Mapping[str, str]]
 """``driver(model, batches, progress, **options)`` changes a prepared model in place; it returns a note for each layer
 that it changed, or would have changed but could not."""
 
-REWRITES: dict[str, Driver] = {"equalization": equalization, "smoothquant": smoothquant, "awq": awq}
+REWRITES: dict[str, Driver] = {"equalization": equalization, "hadamard": hadamard, "smoothquant": smoothquant,
+                               "awq": awq}
 ROUNDINGS: dict[str, Driver] = {}
 
 

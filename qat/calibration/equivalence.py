@@ -326,7 +326,7 @@ class Structure:
             kind = self._kind(module)
             if kind and (name not in inside or isinstance(module, Part)):
                 candidates[name] = Node(name, module, kind)
-        arguments: dict[str, tuple[Any, ...]] = {}
+        self.arguments: dict[str, tuple[Any, ...]] = {}     # of norms
         with ExitStack() as hooks:
             for name, module in self.modules.items():
                 if getattr(module, "is_quantizer", False):
@@ -337,15 +337,15 @@ class Structure:
                     if name in candidates and isinstance(result, Tensor) and result.is_floating_point():
                         self.made[name] = result.clone()
                         if candidates[name].kind == "norm":
-                            arguments[name] = tuple(a.clone() if isinstance(a, Tensor) else a
-                                                    for a in (*args, *kwargs.values()))
+                            self.arguments[name] = tuple(a.clone() if isinstance(a, Tensor) else a
+                                                         for a in (*args, *kwargs.values()))
 
                 hooks.callback(module.register_forward_hook(seen, with_kwargs=True).remove)
             self.reference = [t.clone() for t in _tensors(run(self.model, self.batch))]
         for name, node in candidates.items():
             if self.called.get(name) != 1 or name not in self.made:
                 continue
-            if node.kind == "norm" and not _recognise_norm(node, arguments[name], self.made[name]):
+            if node.kind == "norm" and not _recognise_norm(node, self.arguments[name], self.made[name]):
                 continue
             self.nodes[name] = node
         self.unreached = {n: m for n, m in candidates.items() if not self.called.get(n)}
@@ -367,6 +367,14 @@ class Structure:
         flat = all(p.shape == weight.shape and p.dim() == 1 for p in own)
         known = set(module._parameters) <= {"weight", "bias"}
         return "norm" if flat and known and is_leaf(module) and not isinstance(module, nn.PReLU) else None
+
+    def takes_off_mean(self, name: str) -> bool:
+        """Whether a norm makes the same of ``x`` and of ``x + 1``."""
+        module, arguments = self.modules[name], self.arguments[name]
+        x = arguments[0]
+        with floating(self.model):
+            lifted = module(x + x.abs().mean().to(x), *arguments[1:])
+        return agree(self.made[name], lifted, 1e-3)
 
     def shared(self, node: Node) -> str | None:
         """Who else reads a parameter of this node, if anybody."""
@@ -650,12 +658,12 @@ class Structure:
         return len(after) == len(self.reference) and all(map(agree, before, [*after, *made.values()]))
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by no more than the rounding of their type can explain, relative to the greatest."""
+def agree(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether two tensors differ by no more than this (narrow types: than their rounding) relative to the greatest."""
     if a.shape != b.shape or not a.numel():
         return a.shape == b.shape
     x, y = (t.double().nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
-    tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 16 * torch.finfo(a.dtype).eps
+    tolerance = max(tolerance, 0.0 if a.dtype == torch.float64 else 16 * torch.finfo(a.dtype).eps)
     return bool(torch.isfinite(b).equal(torch.isfinite(a))) and float((x - y).abs().max()) <= tolerance * float(
         x.abs().max())
 
