@@ -312,6 +312,11 @@ class Structure:
                                                     f"{call.owner or 'the model'}")
         self.slots = slots
 
+    def _run(self) -> Any:
+        """What the model returns for the batch; the same each time, even if it draws random numbers."""
+        torch.manual_seed(0)
+        return run(self.model, self.batch)
+
     # ---------------------------------------------------------------- nodes
 
     def _find_nodes(self) -> None:
@@ -341,7 +346,7 @@ class Structure:
                                                          for a in (*args, *kwargs.values()))
 
                 hooks.callback(module.register_forward_hook(seen, with_kwargs=True).remove)
-            self.reference = [t.clone() for t in _tensors(run(self.model, self.batch))]
+            self.reference = [t.clone() for t in _tensors(self._run())]
         for name, node in candidates.items():
             if self.called.get(name) != 1 or name not in self.made:
                 continue
@@ -606,7 +611,7 @@ class Structure:
                         seen[node.name] = wide(x).movedim(node.axis(x), -1).reshape(-1, node.inputs)
 
                     stack.callback(node.module.register_forward_pre_hook(look, with_kwargs=True).remove)
-            run(self.model, self.batch)
+            self._run()
         return seen
 
     # ---------------------------------------------------------------- proof
@@ -653,7 +658,7 @@ class Structure:
                     made[name] = result.clone()
 
                 hooks.callback(self.nodes[name].module.register_forward_hook(look).remove)
-            after = _tensors(run(self.model, self.batch))
+            after = _tensors(self._run())
         before = [*self.reference, *(self.made[n] for n in made)]
         return len(after) == len(self.reference) and all(map(agree, before, [*after, *made.values()]))
 

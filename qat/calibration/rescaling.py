@@ -218,13 +218,18 @@ def _error(scaling: Scaling, inputs: Mapping[str, Inputs], s: Tensor) -> float:
     return total
 
 
-def _left_alone(structure: Structure, name: str, chosen: Iterable[str], wanted: Callable[[QuantizedModule], bool]
-                ) -> dict[str, str]:
-    """A note for each layer that an algorithm is for, but cannot serve."""
-    served = set(chosen)
-    return {n: f"{name}: not rescaled ({structure.reasons.get(n, 'nothing in front of it takes scales')})"
+def _left_alone(structure: Structure, name: str, scalings: Iterable[Scaling], inputs_only: bool = False,
+                otherwise: str = "nothing in front of it takes scales") -> dict[str, str]:
+    """A note for each layer that an algorithm is for, but cannot serve.
+
+    Args:
+        inputs_only: it is for layers that quantize their inputs.
+    """
+    served = {n for s in scalings for n in s.readers}
+    return {n: f"{name}: not rescaled ({structure.reasons.get(n, otherwise)})"
             for n, m in quantized_modules(structure.model).items()
-            if n not in served and m.plan.weight is not None and m.plan.kind != "Embedding" and wanted(m)}
+            if n not in served and m.plan.weight is not None and m.plan.kind != "Embedding"
+            and (m.plan.input is not None or not inputs_only)}
 
 
 def _carried_out(structure: Structure, name: str, chosen: Mapping[int, tuple[Scaling, Tensor, str]],
@@ -275,8 +280,7 @@ def smoothquant(model: nn.Module, batches: Sequence[Any], progress: Progress | N
         text = f"outliers moved into the weights from {scaling.producer.name} (alpha {used:g})"
         chosen[place] = scaling, smoothing_scale(activations, weights, used), text
         _progress(progress, "smoothquant", place + 1, len(scalings))
-    notes = _left_alone(structure, "smoothquant", [n for s in scalings for n in s.readers],
-                        lambda m: m.plan.input is not None)
+    notes = _left_alone(structure, "smoothquant", scalings, inputs_only=True)
     _carried_out(structure, "smoothquant", chosen, notes)
     return notes
 
@@ -315,7 +319,7 @@ def awq(model: nn.Module, batches: Sequence[Any], progress: Progress | None = No
             text = f"columns scaled by |x|^{exponents[best]:g}, undone in {scaling.producer.name}"
             chosen[place] = scaling, salience_scale(magnitude, exponents[best]), text
         _progress(progress, "awq", place + 1, len(scalings))
-    notes = _left_alone(structure, "awq", [n for s in scalings for n in s.readers], lambda m: True)
+    notes = _left_alone(structure, "awq", scalings)
     _carried_out(structure, "awq", chosen, notes)
     if clip:
         for name, text in _clip(model, batches).items():
@@ -376,7 +380,7 @@ def equalization(model: nn.Module, batches: Sequence[Any], progress: Progress | 
     chosen = {i: (scaling, total, f"columns of one range with the rows of "
                   f"{behind.get(scaling.producer.name, scaling.producer).name}")
               for i, (scaling, total) in enumerate(zip(scalings, totals))}
-    notes = _left_alone(structure, "equalization", [n for s in scalings for n in s.readers], lambda m: True)
+    notes = _left_alone(structure, "equalization", scalings, otherwise="no layer in front of it takes scales")
     _carried_out(structure, "equalization", chosen, notes)
     rows = [(layer, _rows_equalized(layer, structure.nodes[norm])) for norm, layer in behind.items()
             if _one_scale(layer) and structure.shared(layer) is None and structure.shared(structure.nodes[norm]) is None]
