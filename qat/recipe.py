@@ -31,7 +31,12 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "reconstruction": {"steps": 200, "learning_rate": 1e-4, "scale_learning_rate": 1e-4},
     "bias_correction": {},
 }
-"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options."""
+"""What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options.
+
+The first four change weights and leave the float function alone: ``equalization`` (``sweeps`` over pairs of layers at
+most), ``hadamard`` (``seed`` of the signs; whether to rotate the residual ``stream`` and the ``heads`` of attention),
+``smoothquant`` (``alpha`` from 0 to 1, or ``auto``), ``awq`` (``steps`` exponents tried; ``clip`` the ranges too).
+"""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
 

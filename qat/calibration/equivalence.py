@@ -151,8 +151,9 @@ class Node:
         producer = getattr(self.module, "_producer", None)
         owner = producer[0] if producer else self.module
         quantizer = getattr(owner, "output_quantizer", None)
-        passes = quantizer is None or (not producer and getattr(owner, "_batch_norm", None))
-        return y if passes else quantizer.clamp(y)
+        if quantizer is None or (not producer and getattr(owner, "_batch_norm", None)):
+            return y
+        return quantizer.clamp(y)
 
 
 def columns_multiplied(matrix: Tensor, factor: Tensor, groups: int = 1) -> Tensor:
@@ -413,6 +414,7 @@ class Structure:
         if isinstance(node.module, Part) and part != "out":
             return [f"{owner}.out"], ""
         readers: dict[str, None] = {}
+        obstacle = ""
         waiting, seen = self.outputs(node), set()
         while waiting:
             key = waiting.pop()
@@ -420,22 +422,21 @@ class Structure:
                 continue
             seen.add(key)
             if key in self.trace.returned:
-                return [], "the model returns it"
+                obstacle = obstacle or "the model returns it"
             for call in self.reading.get(key, ()):
                 if call.module is None and call.owner in self.nodes:
                     continue                    # inside of a norm that is written in functions
-                found, obstacle = self.readers_at(call, key)
-                if obstacle:
-                    return list(readers), obstacle
-                if found:
-                    readers |= dict.fromkeys(found)
-                else:
+                found, reason = self.readers_at(call, key)
+                obstacle = obstacle or reason
+                readers |= dict.fromkeys(found)
+                if not (found or reason):
                     waiting += call.outputs
-        for name in readers:
+        for name in () if obstacle else readers:
             for other, candidate in self.unreached.items():
-                if candidate.kind == "layer" and self._caller(other) == self._caller(name):
-                    return list(readers), f"{other} may read it too, but no call of it was seen"
-        return list(readers), "" if readers else "no layer reads it"
+                if (candidate.kind == "layer" and candidate.inputs == self.nodes[name].inputs
+                        and self._caller(other) == self._caller(name)):
+                    obstacle = f"{other} may read it too, but no call of it was seen"
+        return list(readers), obstacle or ("" if readers else "no layer reads it")
 
     def readers_at(self, call: Call, key: Key) -> tuple[list[str], str]:
         """The layers that read a tensor at this call; none where it goes on; or why nobody can tell."""
@@ -517,7 +518,8 @@ class Structure:
 
     def _pieces(self, node: Node) -> list[tuple[int, int]]:
         """Rows of a stacked layer that may be something of their own (the values of q, k, v; one half of a gate)."""
-        count, found = node.channels, {}
+        count = node.channels
+        found: dict[tuple[int, int], None] = {}
         for call in self.reading.get(self.outputs(node)[0], ()) if not isinstance(node.module, Part) else ():
             sizes = [self.trace.shapes[k][-1] for k in call.outputs if self.trace.shapes[k]]
             if len(sizes) > 1 and sum(sizes) == count:

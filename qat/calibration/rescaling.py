@@ -127,10 +127,7 @@ def clipped_scale(weight: Tensor, rows: Tensor, spec: TensorSpec, scale: Tensor,
 
     def error(values: Tensor) -> Tensor:
         delta = (values - weight).reshape(groups, -1, width // block, block).transpose(1, 2)
-        if gram is None:
-            each = (blocked @ delta.transpose(2, 3)).square().sum(2)
-        else:
-            each = ((delta @ gram) * delta).sum(3)
+        each = (blocked @ delta.transpose(2, 3)).square().sum(2) if gram is None else ((delta @ gram) * delta).sum(3)
         each = each.transpose(1, 2).reshape(len(weight), -1)                       # out, blocks
         return each.sum() if scale.dim() == 0 else each.reshape(scale.shape)
 
@@ -383,7 +380,7 @@ def equalization(model: nn.Module, batches: Sequence[Any], progress: Progress | 
     notes = _left_alone(structure, "equalization", scalings, otherwise="no layer in front of it takes scales")
     _carried_out(structure, "equalization", chosen, notes)
     rows = [(layer, _rows_equalized(layer, structure.nodes[norm])) for norm, layer in behind.items()
-            if _one_scale(layer) and structure.shared(layer) is None and structure.shared(structure.nodes[norm]) is None]
+            if _one_scale(layer) and not (structure.shared(layer) or structure.shared(structure.nodes[norm]))]
     refused = structure.settle([r for _, r in rows], Edits())
     for layer, rewrite in rows:
         if rewrite not in refused:

@@ -153,7 +153,10 @@ def streams(structure: Structure) -> list[Stream]:
             continue
         key = structure.trace.of(name)[0].inputs[0]
         if not any(key in stream.keys for stream in found):
-            found.append(_follow(structure, key, node.channels))
+            stream = _follow(structure, key, node.channels)
+            # what reads a norm of queries or keys is another width: nothing is added up there
+            if all(r in structure.nodes and structure.nodes[r].inputs == stream.width for r in stream.behind):
+                found.append(stream)
     return found
 
 
@@ -417,12 +420,8 @@ def hadamard(model: nn.Module, batches: Sequence[Any], progress: Callable[[str, 
         raise RecipeError(f"calibration hadamard: seed is a whole number, not {seed!r}")
     generator = torch.Generator().manual_seed(seed)
     structure = Structure(model, batches)
-    notes: dict[str, str] = {}
-
-    def note(names: Sequence[str], text: str) -> None:
-        for name in names:
-            notes[name] = f"{notes[name]}, {text}" if name in notes else f"hadamard: {text}"
-
+    done: dict[str, str] = {}
+    left: dict[str, str] = {}
     found = streams(structure) if stream else []
     for place, one in enumerate(found):
         q, kind = rotation(one.width, generator, one.keeps_ones)
@@ -430,20 +429,23 @@ def hadamard(model: nn.Module, batches: Sequence[Any], progress: Callable[[str, 
         if isinstance(rewrite, Rewrite) and structure.settle([rewrite], Edits()):
             rewrite = "rotating it changes what the model returns"
         if isinstance(rewrite, Rewrite):
-            note(rewrite.layers, f"a stream of {one.width} channels rotated by {kind}")
+            done |= dict.fromkeys(rewrite.layers, f"a stream of {one.width} channels rotated by {kind}")
         else:
-            note(one.behind, f"its stream is not rotated ({rewrite})")
+            for name in one.behind:
+                left.setdefault(name, f"its stream is not rotated ({rewrite})")
         if progress is not None:
             progress("hadamard", place + 1, len(found))
     if stream and not found:
-        note([n for n, node in structure.nodes.items() if node.kind == "layer"], "no norm, so no residual stream")
-    if heads and any(not one.obstacle for one in found):
+        left = {n: "no norm, so no residual stream" for n, node in structure.nodes.items() if node.kind == "layer"}
+    if heads and done:
         structure = Structure(model, batches)           # what layers make is another thing now
+    turned: dict[str, str] = {}
     for scaling in structure.scalings() if heads else ():
         for head in _heads(structure, scaling):
             q, kind = rotation(head, generator)
             turn = _rotate_heads(scaling, head, q)
             if turn is not None and not structure.settle([turn], Edits()):
-                note(turn.layers, f"heads of {head} values rotated by {kind}")
+                turned |= dict.fromkeys(turn.layers, f"heads of {head} values rotated by {kind}")
                 break
-    return notes
+    said = {n: [t for t in (done.get(n) or left.get(n), turned.get(n)) if t] for n in (left | done | turned)}
+    return {n: f"hadamard: {', '.join(texts)}" for n, texts in said.items()}
