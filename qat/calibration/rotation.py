@@ -207,8 +207,11 @@ def _sources(structure: Structure, stream: Stream, key: Key) -> list[Key]:
     elif not str(call.function).startswith("~"):
         stream.refuse(f"a call of {call.function} in {call.owner or 'the model'} writes to it")
         return []
-    same = [k for k in call.inputs if trace.shapes.get(k, ())[-1:] == (stream.width,)]
-    return same or (call.inputs[:1] if _name(call) in MOVES else [])
+    found = [k for k in call.inputs if trace.shapes.get(k, ())[-1:] == (stream.width,)]
+    found = found or (call.inputs[:1] if _name(call) in MOVES else [])
+    if not found:
+        stream.refuse(f"{call.module or _name(call)} in {call.owner or 'the model'} writes to it")
+    return found
 
 
 def _targets(structure: Structure, stream: Stream, key: Key) -> list[Key]:
