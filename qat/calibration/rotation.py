@@ -287,36 +287,45 @@ def _rotate_stream(structure: Structure, stream: Stream, q: Tensor) -> Rewrite |
     for name in stream.parameters:
         if len(structure.slots[id(parameters[name])]) > 2:
             return f"{name} is used by several modules"
-    folding: dict[str, tuple[Tensor, Tensor | None]] = {}
+    gains: dict[str, Tensor] = {}               # folded into the columns behind
+    offsets: dict[str, Tensor] = {}             # folded into the biases behind
     for name, readers in stream.norms.items():
         norm = nodes[name]
         gain = wide(norm.matrix()) + norm.unit
         offset = None if norm.bias is None or not bool(norm.bias.any()) else wide(norm.bias)
-        if offset is None and bool((gain == gain[0]).all()):
-            continue                    # a gain that is alike everywhere commutes with the rotation
+        uniform = bool((gain == gain[0]).all())         # then it commutes with the rotation
+        if offset is None and uniform:
+            continue
         tied = next((r for r in readers if r in twins), None)
-        if tied:
+        if tied and not uniform:
             return f"the gain of {name} cannot be folded into {tied}, which shares its weight with an embedding"
         several = next((r for r in readers if r in stream.readers
                         or sum(r in others for others in stream.norms.values()) > 1), None)
         if several:
             return f"{several} reads more than {name}"
-        bare = next((r for r in readers if nodes[r].bias is None), None)
-        if offset is not None and bare:
-            return f"the bias of {name} cannot be folded into {bare}, which has none"
-        folding[name] = gain, offset
+        if not uniform:
+            gains[name] = gain
+        if offset is not None and not tied and all(nodes[r].bias is not None for r in readers):
+            offsets[name] = offset
+        elif offset is not None and not uniform and bool(((gain == 0) & (offset != 0)).any()):
+            return f"the bias of {name} goes with gains of zero, and not all layers behind have a bias to fold it into"
 
     def apply() -> None:
-        for name, (gain, offset) in folding.items():
-            for reader in (nodes[r] for r in stream.norms[name]):
-                if offset is not None and reader.bias is not None:
-                    flat = wide(reader.matrix()).flatten(1).double().reshape(reader.channels, stream.width, -1).sum(2)
-                    reader.bias.copy_(wide(reader.bias).double() + flat @ offset.double())
-                reader.write(columns_multiplied(wide(reader.matrix()), gain))
+        for name, readers in stream.norms.items():
             norm = nodes[name]
-            norm.module.weight.fill_(1.0 - norm.unit)
-            if norm.bias is not None:
-                norm.bias.zero_()
+            for reader in (nodes[r] for r in readers):
+                if name in offsets and reader.bias is not None:
+                    sums = reader.matrix().double().reshape(reader.channels, stream.width, -1).sum(2)
+                    reader.bias.copy_(reader.bias.double() + sums @ offsets[name].double())
+                if name in gains:
+                    reader.write(columns_multiplied(wide(reader.matrix()), gains[name]))
+            if norm.bias is not None:           # what is not folded is rotated: g x + b = g (x + b / g)
+                own = norm.bias.double() * (name not in offsets)
+                if name in gains:
+                    own = torch.where(own == 0, own, own / gains[name])
+                norm.bias.copy_(own @ q.to(own.device))
+            if name in gains:
+                norm.module.weight.fill_(1.0 - norm.unit)
         for name in stream.writers:
             _turn_outputs(nodes[name], q)
         for name, node in turned_back.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pydoc_data import topics
 from typing import Any
 
@@ -240,7 +241,7 @@ def convolutions(batch_norm: bool) -> nn.Sequential:
     layers = [m for m in model if isinstance(m, nn.Conv2d | nn.Linear)]
     norms = [m for m in model if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
-        for i, (layer, following) in enumerate(zip(layers, layers[1:])):
+        for i, (layer, following) in enumerate(pairwise(layers)):
             s = 2.0 ** (torch.rand(layer.weight.shape[0]) * 6 - 3)
             if batch_norm:
                 own = 2.0 ** (torch.rand(len(s)) * 6 - 3)

@@ -13,6 +13,7 @@ import qat
 from qat.calibration.rotation import hadamard_matrix, rotation
 from qat.rewriter import prepared_state
 
+
 def with_outliers(norm: Any, *readers: Any) -> None:
     """Two channels behind a norm get large, and the columns that read them small: the function stays."""
     norm.weight[[3, 17]] *= 60.0
@@ -96,13 +97,17 @@ class Tied(nn.Module):
         self.embedding, self.block = nn.Embedding(31, 16), Block(16)
         self.norm, self.head = nn.RMSNorm(16), nn.Linear(16, 31, bias=False)
         self.way = way
-        if way != "bias":
+        if way not in ("bias", "bias_zero"):
             self.head.weight = self.embedding.weight
         if way == "gain":
             nn.init.uniform_(self.norm.weight, 0.5, 2.0)
-        if way == "bias":
+        if "bias" in way:
             self.norm = nn.LayerNorm(16)
             nn.init.normal_(self.norm.bias)
+        if way in ("bias", "bias_zero"):
+            nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        if way == "bias_zero":
+            nn.init.zeros_(self.norm.weight[:1])
         if way == "post_norm":
             self.after = nn.RMSNorm(16)
 
@@ -114,18 +119,19 @@ class Tied(nn.Module):
         return self.head(self.norm(x))
 
 
-def test_a_tied_head_is_rotated_with_its_embedding_and_stays_tied() -> None:
+@pytest.mark.parametrize("way", ["plain", "bias_tied", "bias"])
+def test_a_head_is_rotated_with_its_embedding_and_stays_tied_if_it_was(way: str) -> None:
     x = torch.randint(0, 31, (3, 6))
-    model = qat.prepare(Tied("plain"), "w8a8", x)
+    model = qat.prepare(Tied(way), "w8a8", x)
     expected, before = float_output(model, x), state(model)
     qat.calibrate(model, [x], algorithms="hadamard")
-    assert model.head.weight is model.embedding.weight
+    assert (model.head.weight is model.embedding.weight) == (way != "bias")
     assert not torch.equal(before["embedding.weight"], model.embedding.weight)
     torch.testing.assert_close(float_output(model, x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("way", "reason"), [
-    ("gain", "cannot be folded into head, which shares its weight"), ("bias", "cannot be folded into head"),
+    ("gain", "cannot be folded into head, which shares its weight"), ("bias_zero", "the bias of norm goes with gains of zero"),
     ("post_norm", "after"), ("outside", "linspace in the model writes to it")])
 def test_what_cannot_be_rotated_keeps_its_bits_and_says_why(way: str, reason: str) -> None:
     x = torch.randint(0, 31, (3, 6))
