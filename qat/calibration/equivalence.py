@@ -63,7 +63,7 @@ def wide(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- nodes
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A module whose output channels, or whose inputs, can be multiplied by changing its parameters.
 
@@ -156,6 +156,11 @@ class Node:
         return quantizer.clamp(y)
 
 
+def joined(owner: str, part: str) -> str:
+    """The dotted name of a part."""
+    return f"{owner}.{part}" if owner else part
+
+
 def columns_multiplied(matrix: Tensor, factor: Tensor, groups: int = 1) -> Tensor:
     """(out, in // groups, ...) with what belongs to input channel j multiplied by ``factor[j]``, (in,)."""
     grouped = matrix.reshape(groups, matrix.shape[0] // groups, matrix.shape[1], -1)
@@ -192,7 +197,7 @@ class Edits:
         self.saved.clear()
 
 
-@dataclass
+@dataclass(eq=False)
 class Rewrite:
     """A change of parameters that is meant to leave the function alone.
 
@@ -209,7 +214,7 @@ class Rewrite:
     watched: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Scaling:
     """Channels that a producer may multiply by any ``s``, since every reader of them can divide by it.
 
@@ -230,13 +235,11 @@ class Scaling:
 
     def gather(self, values: Mapping[str, Tensor], reduce: str = "amax") -> Tensor:
         """One number for each channel of the producer, from one for each input channel of its readers; 0 if none."""
-        some = next(iter(values.values()))
-        result = some.new_zeros(self.producer.channels)
-        for name, value in values.items():
-            to = self.readers[name].to(value.device)
-            read = to >= 0
-            result.scatter_reduce_(0, to[read], value[read], reduce, include_self=reduce != "mean")
-        return result
+        to = torch.cat([self.readers[name] for name in values])
+        flat = torch.cat(list(values.values()))
+        read, to = (to >= 0).to(flat.device), to.to(flat.device)
+        result = flat.new_zeros(self.producer.channels)
+        return result.scatter_reduce_(0, to[read], flat[read], reduce, include_self=False)
 
     def spread(self, name: str, s: Tensor) -> Tensor:
         """One number for each input channel of a reader, 1 where it reads something else."""
@@ -255,7 +258,7 @@ class Scaling:
         return Rewrite(self.layers, [t for n in (self.producer, *readers) for t in n.tensors()], apply)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Candidate:
     """Channels that may make a :class:`Scaling`."""
 
@@ -412,7 +415,8 @@ class Structure:
         """The layers that what a node makes comes to, and why not all of its readers are such layers ("" if so)."""
         owner, _, part = node.name.rpartition(".")
         if isinstance(node.module, Part) and part != "out":
-            return [f"{owner}.out"], ""
+            behind = joined(owner, "out")
+            return ([behind], "") if behind in self.nodes else ([], f"{behind} is not called once")
         readers: dict[str, None] = {}
         obstacle = ""
         waiting, seen = self.outputs(node), set()
@@ -448,14 +452,19 @@ class Structure:
                 products and call.parameters) else ""
         module = self.modules[name]
         if isinstance(module, QuantizedMultiheadAttention):
-            found = [f"{name}.{p}" for p, k in zip("qkv", call.inputs) if k == key]
+            found = [joined(name, p) for p, k in zip("qkv", call.inputs) if k == key]
             fine = bool(found) and all(f in self.nodes for f in found)
             return (found, "") if fine else ([], f"{name} reads it")
         if name in self.nodes:
             kind = self.nodes[name].kind
             return ([name], "") if kind == "layer" else ([], f"{name} reads it")
         heavy = any(p.dim() > 1 for p in module.parameters()) or isinstance(module, Composite | nn.RNNBase | BatchNorm)
-        return [], f"{name} reads it" if heavy else ""
+        return [], f"{name} reads it{self.often(name)}" if heavy else ""
+
+    def often(self, name: str) -> str:
+        """What to add where a module is no node because it is called more than once."""
+        count = self.called.get(name, 0)
+        return f", which is called {count} times" if count > 1 else ""
 
     def _caller(self, name: str) -> str:
         """The module around ``name`` whose forward calls it."""

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.calibration.equivalence import Edits, Node, Rewrite, Scaling, Structure, columns_multiplied, wide
+from qat.calibration.equivalence import (
+    Edits,
+    Node,
+    Rewrite,
+    Scaling,
+    Structure,
+    columns_multiplied,
+    joined,
+    wide,
+)
 from qat.errors import RecipeError
 from qat.modules.attention import QuantizedMultiheadAttention
 from qat.modules.composite import Part
@@ -191,7 +200,7 @@ def _sources(structure: Structure, stream: Stream, key: Key) -> list[Key]:
     if call.module is not None:
         module = structure.modules[call.module]
         if isinstance(module, QuantizedMultiheadAttention):
-            stream.writers[f"{call.module}.out"] = None
+            stream.writers[joined(call.module, "out")] = None
             return []
         if call.module in structure.nodes:
             kind = structure.nodes[call.module].kind
@@ -201,7 +210,7 @@ def _sources(structure: Structure, stream: Stream, key: Key) -> list[Key]:
                 stream.writers[call.module] = None
             return []
         if any(True for _ in module.parameters()):
-            stream.refuse(f"{call.module} writes to it")
+            stream.refuse(f"{call.module} writes to it{structure.often(call.module)}")
             return []
         _note_means(module, stream)
     elif not str(call.function).startswith("~"):
@@ -367,7 +376,7 @@ def _heads(structure: Structure, scaling: Scaling) -> list[int]:
     width = scaling.stop - scaling.start
     module = scaling.producer.module
     if isinstance(module, Part):
-        return [module.owner.head_dim] if scaling.producer.name.endswith(".v") else []  # type: ignore[list-item]
+        return [module.owner.head_dim]  # type: ignore[list-item]
     found: set[int] = set()
     waiting, seen = structure.outputs(scaling.producer), set()
     while waiting:

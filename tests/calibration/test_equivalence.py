@@ -139,6 +139,31 @@ def test_a_relu_that_is_silent_on_the_batch_is_followed_all_the_same() -> None:
     assert pairs(structure(model, torch.randn(1, 3))) == {"0[0:5]": {"2": [0, 1, 2, 3, 4]}}
 
 
+def test_attention_is_rescaled_by_parts_as_the_whole_model_and_behind_norms() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.other = nn.LayerNorm(8), nn.LayerNorm(6)
+            self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = self.other(x[..., :6])
+            return self.attention(self.norm(x), memory, memory)[0]
+
+    eight = list(range(8))
+    found = pairs(structure(Cross(), torch.randn(2, 5, 8)))
+    assert found == {"norm[0:8]": {"attention.q": eight}, "attention.v[0:8]": {"attention.out": eight},
+                     "other[0:6]": {"attention.k": eight[:6], "attention.v": eight[:6]}}
+    x = torch.randn(2, 5, 8)
+    whole = qat.prepare(nn.MultiheadAttention(8, 2, batch_first=True), "w8a8", (x, x, x))
+    assert pairs(Structure(whole, [(x, x, x)])) == {"v[0:8]": {"out": eight}}
+    with floating(whole):
+        expected = whole(x, x, x)[0]
+    qat.calibrate(whole, [(x, x, x)], algorithms=["equalization", "hadamard", "smoothquant"])
+    with floating(whole):
+        torch.testing.assert_close(whole(x, x, x)[0], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("norm", "unit"), [(nn.LayerNorm, 0.0), (nn.RMSNorm, 0.0), (Plus, 1.0), (Softplus, None),
                                             (nn.PReLU, None)])
 def test_norms_are_recognised_by_what_they_do(norm: Callable[[int], nn.Module], unit: float | None) -> None:

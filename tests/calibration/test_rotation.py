@@ -131,7 +131,8 @@ def test_a_head_is_rotated_with_its_embedding_and_stays_tied_if_it_was(way: str)
 
 
 @pytest.mark.parametrize(("way", "reason"), [
-    ("gain", "cannot be folded into head, which shares its weight"), ("bias_zero", "the bias of norm goes with gains of zero"),
+    ("gain", "cannot be folded into head, which shares its weight"),
+    ("bias_zero", "the bias of norm goes with gains of zero"),
     ("post_norm", "after"), ("outside", "linspace in the model writes to it")])
 def test_what_cannot_be_rotated_keeps_its_bits_and_says_why(way: str, reason: str) -> None:
     x = torch.randint(0, 31, (3, 6))
