@@ -457,7 +457,7 @@ def hadamard(model: nn.Module, batches: Sequence[Any], progress: Callable[[str, 
         if progress is not None:
             progress("hadamard", place + 1, len(found))
     if stream and not found:
-        left = {n: "no norm, so no residual stream" for n, node in structure.nodes.items() if node.kind == "layer"}
+        left = {n: "no residual stream was found" for n, node in structure.nodes.items() if node.kind == "layer"}
     if heads and done:
         structure = Structure(model, batches)           # what layers make is another thing now
     turned: dict[str, str] = {}
