@@ -23,7 +23,7 @@ EDGES = ("int8", "same")
 KEEP = ("float32", "float16", "bfloat16")
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "equalization": {"sweeps": 20},
-    "hadamard": {"seed": 0},
+    "hadamard": {"seed": 0, "stream": True, "heads": True},
     "smoothquant": {"alpha": 0.5},
     "awq": {"steps": 20, "clip": True},
     "gptq": {"damp": 0.01, "order": True},
@@ -33,7 +33,11 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
 }
 """What ``calibrate`` can do beyond ranges: the algorithms in the order in which they run, with their options.
 
-Options of roundings: ``qat/calibration/rounding.py`` and ``reconstruction.py`` explain them where they use them.
+The first four change weights and leave the float function alone: ``equalization`` (``sweeps`` over pairs of layers at
+most), ``hadamard`` (``seed`` of the signs; whether to rotate the residual ``stream`` and the ``heads`` of attention),
+``smoothquant`` (``alpha`` from 0 to 1, or ``auto``), ``awq`` (``steps`` exponents tried; ``clip`` the ranges too).
+Options of roundings: ``qat/calibration/gptq.py``, ``rounding.py`` and ``reconstruction.py`` explain them where they use
+them.
 """
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""

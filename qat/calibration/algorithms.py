@@ -21,6 +21,8 @@ from qat.calibration.corrections import correct_biases
 from qat.calibration.gptq import round_weights
 from qat.calibration.ranges import find_ranges
 from qat.calibration.reconstruction import reconstruct
+from qat.calibration.rescaling import awq, equalization, smoothquant
+from qat.calibration.rotation import hadamard
 from qat.calibration.rounding import float_reference, round_adaptively
 from qat.errors import CalibrationError, ConvertError, RecipeError
 from qat.quantizers.quantizer import DynamicQuantizer, StaticQuantizer
@@ -34,7 +36,8 @@ Driver = Callable[..., Mapping[str, str]]
 """``driver(model, batches, progress, **options)`` changes a prepared model in place; it returns a note for each layer
 that it changed, or would have changed but could not."""
 
-REWRITES: dict[str, Driver] = {}
+REWRITES: dict[str, Driver] = {"equalization": equalization, "hadamard": hadamard, "smoothquant": smoothquant,
+                               "awq": awq}
 ROUNDINGS: dict[str, Driver] = {
     "gptq": round_weights,
     "adaround": round_adaptively,
