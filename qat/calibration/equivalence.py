@@ -31,6 +31,7 @@ from qat.modules.adapted import Adapted
 from qat.modules.attention import QuantizedMultiheadAttention
 from qat.modules.base import QuantizedModule
 from qat.modules.composite import Composite, Part
+from qat.modules.parameters import SUFFIX
 from qat.tracing import Call, Key, evaluating, is_leaf, leaves, run, trace_by_running
 
 Convolution = nn.modules.conv._ConvNd
@@ -312,8 +313,8 @@ class Structure:
         for call in self.trace.functions:
             if call.owner not in self.nodes:
                 for used in call.parameters:
-                    slots[id(parameters[used])].add(f"a call of {str(call.function).lstrip('~')} in "
-                                                    f"{call.owner or 'the model'}")
+                    slots[id(parameters[used.removesuffix(SUFFIX)])].add(
+                        f"a call of {str(call.function).lstrip('~')} in {call.owner or 'the model'}")
         self.slots = slots
 
     def _run(self) -> Any:

@@ -292,6 +292,25 @@ def stream(model: nn.Module, source: str | os.PathLike[str], target: str | os.Pa
     return _Stream(model, TensorFolder(source), Path(target), recipe, example_inputs, list(batches), progress).run()
 
 
+class _Alone(nn.Module):
+    """A unit as a model by itself, in which its modules have the names that they have in the whole model."""
+
+    def __init__(self, name: str, unit: nn.Module, state: Prepared) -> None:
+        super().__init__()
+        self.eval()
+        holder: nn.Module = self
+        *path, last = name.split(".")
+        for step in path:
+            holder.add_module(step, nn.ModuleDict().eval())     # a unit is a member of a container
+            holder = holder.get_submodule(step)
+        holder.add_module(last, unit)
+        self._unit = name
+        self.__dict__["_qat"] = Prepared(state.recipe, state.plan, [], {})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule(self._unit)(*args, **kwargs)
+
+
 class _Stream:
     """One model on its way. ``run`` is read top to bottom."""
 
@@ -376,16 +395,13 @@ class _Stream:
         part.eval().requires_grad_(False)
         static = any(isinstance(q, StaticQuantizer) for m in quantized_modules(part).values()
                      for q in m.activation_quantizers().values())
-        own = part.__dict__["_qat"] = Prepared(self.state.recipe, self.state.plan, [], {})   # a model by itself
-        try:
-            if arrivals and (static or self.state.recipe.calibration):
-                calibrate(part, [Arguments(a.args, a.kwargs) for a in arrivals])
-            before = self._result(part, arrivals)
-            self._freeze(unit)
-            after = self._result(part, arrivals)
-        finally:
-            del part.__dict__["_qat"]
-        self.state.notes.update({_joined(unit, name): text for name, text in own.notes.items()})
+        alone = _Alone(unit, part, self.state)
+        if arrivals and (static or self.state.recipe.calibration):
+            calibrate(alone, [Arguments(a.args, a.kwargs) for a in arrivals])
+        self.state.notes.update(prepared_state(alone).notes)
+        before = self._result(part, arrivals)
+        self._freeze(unit)
+        after = self._result(part, arrivals)
         if len(before) != len(after) or not all(torch.equal(a, b) for a, b in zip(before, after)):
             raise ParityError(f"the deployed {unit} differs from the prepared one, in floating point between its "
                               "quantized layers")
@@ -415,7 +431,7 @@ class _Stream:
                     raise ParityError(f"{_joined(unit, name)}: the codes of its weight are not those it had before")
                 self.certificate.layers[_joined(unit, name)] = {"weight_codes": 0}
         drop_folded(self.model)
-        self.certificate.sparsity.update({_joined(unit, n): s for n, s in sparsity(part).items()})
+        self.certificate.sparsity.update(sparsity(_Alone(unit, part, self.state)))
         for layer in quantized_modules(part).values():
             layer._codes = None                 # unpacked again where it is needed
 

@@ -205,7 +205,7 @@ class Refusals(nn.Module):
 
 
 @pytest.mark.parametrize(("way", "layer", "reason"), [
-    ("returned", "second", "the model returns it"), ("function", "second", "matmul"),
+    ("returned", "second", "the model returns it"), ("function", "second", "nothing in front of it"),
     ("experts", "experts.1", "may read it too"), ("hidden", "second", "changes what the model returns"),
     ("twice", "second", ""), ("shared", "second", "shared with experts.0"), ("parametrized", "second", "")])
 def test_what_cannot_be_rescaled_keeps_its_bits_and_coverage_says_why(way: str, layer: str, reason: str) -> None:
