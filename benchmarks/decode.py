@@ -1,6 +1,6 @@
 """Decoding with a language model: one token at a time on the CPU, floating point against integer weights.
 
-    OMP_NUM_THREADS=2 python benchmarks/decode.py                   # a 1B-parameter shape: needs 16 GB
+    OMP_NUM_THREADS=2 python benchmarks/decode.py                   # a 1B-parameter shape: all kinds need 20 GB
     python benchmarks/decode.py --layers 4 --only fp32,w4a16        # some of it
     python benchmarks/decode.py --hidden 256 --feed-forward 512 --layers 2 --vocabulary 512 --heads 8 --kv-heads 2
 

@@ -471,39 +471,31 @@ class FewCalls:
 
 
 class FewNarrowCalls(FewCalls):
-    """The same for weights of up to 4 bits, whose scale may be one for each group: on :class:`ColumnSums`.
+    """The same for weights of up to 4 bits with a scale for each group: on :class:`ColumnSums`.
 
     Args:
-        group_size: None, or the inputs that share a scale; then ``multiplier_w``: (out, groups).
+        multiplier_w: (out, groups).
+        group_size: the inputs that share a scale.
     """
 
     def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None, scale: Tensor | None,
-                 zero_point: int = 0, group_size: int | None = None) -> None:
+                 zero_point: int, group_size: int) -> None:
         self.spec, self.scale, self.bias, self.weight = spec, scale, bias, w
         self.zero_point, self.group_size = float(zero_point), group_size
-        self.bound = spec.fmt.hi - spec.fmt.lo
-        if group_size is not None:
-            self.multiplier = multiplier_w.t().contiguous()
-        else:
-            self.multiplier = multiplier_w if scale is None else scale * multiplier_w
+        self.multiplier = multiplier_w.t().contiguous()
 
     @staticmethod
     def serves(values: Tensor, spec: TensorSpec, zero_point: Tensor | int | None, w: Weight,
-               run: int | None = None) -> bool:
+               run: int = RUN) -> bool:
         """Whether there is such a way; ``run``: the inputs that share a scale."""
         return (spec.fmt.grid == "affine" and not isinstance(zero_point, Tensor)
-                and COLUMNS.supports_runs(run or RUN, Activation(values, zero_point, 255), w))
+                and COLUMNS.supports_runs(run, Activation(values, zero_point, 255), w))
 
     def __call__(self, x: Tensor) -> Tensor:
         row = x.view(1, -1)
         scale = affine.symmetric_scale(row, self.spec) if self.scale is None else self.scale
         levels = affine.quantize_to_levels(row, scale, self.zero_point, self.spec)
-        if self.group_size is not None:
-            y = COLUMNS.grouped(levels, self.weight, self.multiplier, self.group_size).mul_(scale)
-        else:
-            y = COLUMNS.of_levels(levels, self.bound, self.weight).float().mul_(self.multiplier)
-            if self.scale is None:
-                y.mul_(scale)
+        y = COLUMNS.grouped(levels, self.weight, self.multiplier, self.group_size).mul_(scale)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)

@@ -25,7 +25,7 @@ from torch import Tensor
 RUN = 1024
 """Inputs in a run where the caller asks for no size: short enough for sums of integers to stay exact."""
 
-SHARE = 1 << 20
+SHARE = 1 << 23
 """Weights that are worth a thread of their own: handing work over takes 20 to 50 microseconds."""
 
 SERIAL = 1 << 15

@@ -293,8 +293,8 @@ class Product:
             for y in self._rescaled_parts(flat, kernel, size, multiplier_w):
                 total = y if total is None else total.add_(y)
             assert total is not None
-        elif (COLUMNS.supports_runs(size, flat, kernel) and not torch.compiler.is_compiling()
-                and table.choose("linear", flat, kernel) is COLUMNS):
+        elif (kernel.lasting and COLUMNS.supports_runs(size, flat, kernel) and not torch.compiler.is_compiling()
+                and not table.overridden()):
             total = COLUMNS.grouped(flat.levels(torch.float32), kernel, multiplier_w.t().contiguous(), size)
         else:
             total = added_up(torch.stack(list(self._rescaled_parts(flat, kernel, size, multiplier_w)), 1))

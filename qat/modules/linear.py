@@ -48,7 +48,7 @@ class LinearProduct(QuantizedModule):
         return self.finish(self.product(self.quantized_input(x), weight))
 
     def stays_packed(self, spec: TensorSpec) -> bool:
-        return spec.bits <= 4 or self.plan.input is None
+        return (spec.bits <= 4 or self.plan.input is None) and 8 % spec.bits == 0
 
     def _is_one_row(self, x: Tensor | QuantizedTensor) -> bool:
         return (isinstance(x, Tensor) and x.numel() == self.in_features
@@ -77,11 +77,10 @@ class LinearProduct(QuantizedModule):
         multiplier = ste.Product(QuantizedTensor(row, torch.ones(()), zero_point, spec), weight).multiplier_w()
         number = int(zero_point or 0) if not isinstance(zero_point, Tensor) else 0      # a layer has one
         run = weight.spec.group_size
-        if FewNarrowCalls.serves(row, spec, zero_point, kernel, run):
-            self._one_row = FewNarrowCalls(spec, kernel, multiplier, self.bias, scale, number, run)
-        elif run is None and FewCalls.serves(row, spec, zero_point, kernel):
+        if run is None and FewCalls.serves(row, spec, zero_point, kernel):
             self._one_row = FewCalls(spec, kernel, multiplier, self.bias, scale, number)
-
+        elif run is not None and FewNarrowCalls.serves(row, spec, zero_point, kernel, run):
+            self._one_row = FewNarrowCalls(spec, kernel, multiplier, self.bias, scale, number, run)
 
     def float_matrix(self) -> Tensor:
         """The float weight as (out, in), with pruned values at zero."""

@@ -83,8 +83,8 @@ def test_wide_weights_are_left_to_others() -> None:
     x = Activation(torch.zeros(1, 8, dtype=torch.int8), None, 128)
     assert not COLUMNS.supports_linear(x, Weight(torch.zeros(4, 8, dtype=torch.int8), 127))
     lasting = Weight(torch.zeros(4, 8, dtype=torch.int8), 7, lasting=True)
-    assert table.choose("linear", x, lasting) is COLUMNS
-    assert table.choose("linear", Activation(torch.zeros(5, 8, dtype=torch.int8), None, 128), lasting) is not COLUMNS
+    assert COLUMNS.supports_linear(x, lasting)
+    assert table.choose("linear", x, lasting) is not COLUMNS        # one int8 product is faster
 
 
 SPECS = [TensorSpec(name, **more, symmetric=symmetric).for_weight()
