@@ -295,7 +295,7 @@ class Structure:
         self.made: dict[str, Tensor] = {}
         self.called: dict[str, int] = {}
         with floating(model):
-            self.batch = next((b for b in batches if _finite(_tensors(run(model, b)))), None)
+            self.batch = next((b for b in batches if all_finite(float_tensors(run(model, b)))), None)
             if self.batch is None:
                 raise CalibrationError("no batch gives finite outputs; check the data and the model")
             self.trace = trace_by_running(model, self.batch)
@@ -351,7 +351,7 @@ class Structure:
                                                          for a in (*args, *kwargs.values()))
 
                 hooks.callback(module.register_forward_hook(seen, with_kwargs=True).remove)
-            self.reference = [t.clone() for t in _tensors(self._run())]
+            self.reference = [t.clone() for t in float_tensors(self._run())]
         for name, node in candidates.items():
             if self.called.get(name) != 1 or name not in self.made:
                 continue
@@ -670,7 +670,7 @@ class Structure:
                     made[name] = result.clone()
 
                 hooks.callback(self.nodes[name].module.register_forward_hook(look).remove)
-            after = _tensors(self._run())
+            after = float_tensors(self._run())
         before = [*self.reference, *(self.made[n] for n in made)]
         return len(after) == len(self.reference) and all(map(agree, before, [*after, *made.values()]))
 
@@ -685,12 +685,12 @@ def agree(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
         x.abs().max())
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def float_tensors(values: Any) -> list[Tensor]:
     """The floating point tensors among what a model returned."""
     return [t for t in leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool((torch.isfinite(t) | (t == -torch.inf)).all()) for t in tensors)
 
 

@@ -33,6 +33,7 @@ class Adapted(nn.Module):
     adapter_down: Any
     adapter_up: Any
     adapter_scaling: Tensor
+    weight_from_matrix: Any
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -41,6 +42,13 @@ class Adapted(nn.Module):
             if base is not None and down is not None and up is not None:
                 return adapted_weight(base, down, up, self.adapter_scaling)
         return super().__getattr__(name)
+
+    @torch.no_grad()
+    def write_weight(self, matrix: Tensor) -> None:
+        """Overwrite the weight that everyone sees: the base takes what the correction leaves of it."""
+        base, value = self._parameters["weight"], self.weight_from_matrix(matrix)
+        assert base is not None
+        base.copy_(value.float() - (self.weight.float() - base.float()))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A state dict without the factors is one of the base: nothing is missing then, and the factors stay."""

@@ -325,3 +325,13 @@ def test_misuse_is_typed() -> None:
     with pytest.raises(PrepareError, match=r"layer: table \(Module\) reads the same weight"):
         qat.add_adapters(reader)
     assert all(p.requires_grad for p in mlp.parameters())
+
+
+def test_a_weight_with_an_adapter_can_be_overwritten() -> None:
+    model = qat.add_adapters(qat.prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8"), rank=2)
+    layer = model[0]
+    with torch.no_grad():
+        layer.adapter_up.normal_()
+    wanted = torch.randn(4, 8)
+    layer.write_weight(wanted)
+    torch.testing.assert_close(layer.weight.detach(), wanted)
