@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zoo
 from hydra import compose, initialize_config_dir
 
 import qat
@@ -24,7 +25,7 @@ SCRIPTS = [text for kind, text in BLOCKS if kind == "python" and not re.match(r"
 FILES = {found[1]: text for _, text in BLOCKS if (found := re.match(r"# (\S+\.(?:py|yaml))\n", text))}
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()]
 FAST = "trainer.fast_dev_run=true"
-EXECUTED = [c for c in COMMANDS if re.search(r"runs/mine|photos|model=mine", c)]
+EXECUTED = [c for c in COMMANDS if re.search(r"runs/mine|photos|model=mine|models/mine|plan=", c)]
 """In the README's order: the later ones use what the earlier ones leave. The rest is composed here, and executed by
 ``tests/e2e`` and the benchmarks."""
 
@@ -54,6 +55,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "photos" / split / kind).mkdir(parents=True)
             for i in range(12):
                 Image.new("RGB", (40, 36), (color, 10 * i, 90)).save(folder / "photos" / split / kind / f"{i}.png")
+    zoo.language_model_folder(folder / "models" / "mine")
+    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
     return folder
 
 
@@ -116,14 +119,16 @@ def test_commands_are_shell_and_compose() -> None:
 
 
 def test_commands_run(checkout: Path) -> None:
-    assert len(EXECUTED) == 7
+    assert len(EXECUTED) == 11
     for command in EXECUTED:
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "train.py" and not any(w.startswith("resume=") for w in words):
             words += [FAST, "data.batch_size=8", "logger.tensorboard=false"]
             words += ["model.width=4", "model.stages=2"] if "model=cnn" in words else []
         output = run(checkout, *words)
-        if words[0] == "evaluate.py":
+        if "plan=" in command:
+            assert "INT4" in output
+        elif words[0] == "evaluate.py":
             assert "Every figure equals" in output
         else:
             assert "test examples" in output
