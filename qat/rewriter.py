@@ -21,7 +21,7 @@ from qat.modules.adapted import Adapted
 from qat.modules.attention import step_by_step
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
-from qat.modules.functional import take_codes
+from qat.modules.functional import Add, Concat, MatMul, take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat, keep_in
 from qat.modules.traced import KINDS, Traced, replace_functions, restore
@@ -374,6 +374,9 @@ def coverage(model: nn.Module) -> Coverage:
             continue
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
         seen.update(id(p) for p in own.values())
+        function = next((k.__name__ for k in (Add, Concat, MatMul) if isinstance(module, k)), None)
+        if function and name in state.plan.kept:
+            rows.append(Row(name, function, "kept", "", "", 0, state.macs.get(name, 0), state.plan.kept[name]))
         if any(p is not None for p in module._parameters.values()):
             folded = getattr(module, "_producer", None)
             default = f"no quantized form of {type(module).__name__}"
