@@ -38,7 +38,7 @@ LADDER = ("w8a8", "w8a4", "w4a8", "w4a4", "w3a8", "w2a8", "w2a2", "w158a8", "w1a
           "w1a16")
 TASKS: dict[str, list[str]] = {"digits": [], "lm": ["experiment=lm"], "rnn": ["experiment=rnn"]}
 SHARED = {"float": ("recipe", "schedule", "prune", "distill"), "control": ("recipe", "prune", "distill")}
-"""What a stage does not depend on."""
+"""What a stage does not depend on; on ``distill`` it does where the teacher teaches it."""
 TARGETS: dict[str, dict[str, float]] = {
     "digits": {"w8a8": 0.1, "w4a4": 0.2, "w2a8": 0.2, "w1a8": 0.5, "w2a2": 1.0},
     "lm": {"w8a8": 0.001, "w8a8_dynamic": 0.001, "w4a8": 0.004, "w3a8": 0.012, "w2a8": 0.035, "w1a8": 0.1},
@@ -55,8 +55,8 @@ def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out
         composed = compose("config", [*TASKS[task], f"recipe={recipe}", f"fold={fold}", f"seed={seed}", *overrides])
     config = run_config(composed)
     run = Run(config, out / task / recipe / f"fold{fold}_seed{seed}_{digest(config)}", Console(quiet=True))
-    shared = {stage: out / task / stage / f"fold{fold}_seed{seed}_{digest(config, without)}"
-              for stage, without in SHARED.items()}
+    shared = {stage: out / task / stage / f"fold{fold}_seed{seed}_{digest(config, unlike(stage, config))}"
+              for stage in SHARED}
     for stage, folder in shared.items():
         finished = run.folder / "stages" / f"{stage}.json"
         if folder.exists() and not finished.exists():
@@ -77,6 +77,13 @@ def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out
             **{model: rows[model].score for model in MODELS}, "metric": results.metric,
             "higher_is_better": results.higher_is_better, "size": rows["deployed"].bytes / rows["float"].bytes,
             "seconds": seconds, "equal": results.bit_equal}
+
+
+def unlike(stage: str, config: dict[str, Any]) -> set[str]:
+    """The sections in which runs may differ that have this stage in common."""
+    distill = config["distill"]
+    taught = distill["teacher"] not in (None, "float") or (stage == "control" and distill.get("control", False))
+    return set(SHARED[stage]) - ({"distill"} if taught else set())
 
 
 def digest(config: dict[str, Any], without: Iterable[str] = ()) -> str:

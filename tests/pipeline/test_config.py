@@ -44,8 +44,8 @@ def test_every_choice_composes_and_builds(choice):
     assert qat.is_prepared(module.network)
 
 
-def test_few_bits_are_taught_as_was_measured():
-    config = run_config(composed("experiment=lm_few_bits", "recipe=w2a8"))
+def test_the_language_model_is_taught_as_was_measured():
+    config = run_config(composed("experiment=lm_taught", "recipe=w2a8"))
     assert (config["distill"]["teacher"], config["distill"]["temperature"], config["distill"]["weight"]) == (
         "float", 1.0, 0.5,
     )  # fmt: skip
