@@ -6,7 +6,8 @@
 
 Each cell (recipe, fold, seed) is a whole run of train.py; float training and control are shared between the recipes
 that have them in common. Finished cells are lines of ``cells.jsonl`` and are not run again. The gap is control against
-deployed, paired over folds x seeds, with half the 95 % interval of its mean (Student's t).
+deployed, paired over folds x seeds, with half the 95 % interval of its mean (Student's t). Beside it stands the
+target, and whether the mean meets it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ LADDER = ("w8a8", "w8a4", "w4a8", "w4a4", "w3a8", "w2a8", "w2a2", "w158a8", "w1a
           "w1a16")
 TASKS: dict[str, list[str]] = {"digits": [], "lm": ["experiment=lm"], "rnn": ["experiment=rnn"]}
 SHARED = {"float": ("recipe", "schedule", "prune", "distill"), "control": ("recipe", "prune", "distill")}
-"""What a stage does not depend on."""
+"""What a stage does not depend on; on ``distill`` it does where the teacher teaches it."""
+TARGETS: dict[str, dict[str, float]] = {
+    "digits": {"w8a8": 0.1, "w4a4": 0.2, "w2a8": 0.2, "w1a8": 0.5, "w2a2": 1.0},
+    "lm": {"w8a8": 0.001, "w8a8_dynamic": 0.001, "w4a8": 0.004, "w3a8": 0.012, "w2a8": 0.035, "w1a8": 0.1},
+    "rnn": {"w8a8": 0.3, "w8a8_dynamic": 0.3, "w4a8": 0.7, "w2a8": 2.0},
+}
+"""The greatest gap to the control that counts as met: points, or bits per byte."""
+LEAST = {"digits": {"w1a1": 92.0}}
+"""Targets that are a score of the deployed model, and no gap."""
 
 
 def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
@@ -46,8 +55,8 @@ def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out
         composed = compose("config", [*TASKS[task], f"recipe={recipe}", f"fold={fold}", f"seed={seed}", *overrides])
     config = run_config(composed)
     run = Run(config, out / task / recipe / f"fold{fold}_seed{seed}_{digest(config)}", Console(quiet=True))
-    shared = {stage: out / task / stage / f"fold{fold}_seed{seed}_{digest(config, without)}"
-              for stage, without in SHARED.items()}
+    shared = {stage: out / task / stage / f"fold{fold}_seed{seed}_{digest(config, unlike(stage, config))}"
+              for stage in SHARED}
     for stage, folder in shared.items():
         finished = run.folder / "stages" / f"{stage}.json"
         if folder.exists() and not finished.exists():
@@ -70,6 +79,13 @@ def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out
             "seconds": seconds, "equal": results.bit_equal}
 
 
+def unlike(stage: str, config: dict[str, Any]) -> set[str]:
+    """The sections in which runs may differ that have this stage in common."""
+    distill = config["distill"]
+    taught = distill["teacher"] not in (None, "float") or (stage == "control" and distill.get("control", False))
+    return set(SHARED[stage]) - ({"distill"} if taught else set())
+
+
 def digest(config: dict[str, Any], without: Iterable[str] = ()) -> str:
     """Eight characters that tell configurations apart."""
     kept = {key: value for key, value in config.items() if key not in without}
@@ -79,7 +95,7 @@ def digest(config: dict[str, Any], without: Iterable[str] = ()) -> str:
 def summary(lines: list[dict[str, Any]]) -> Table:
     """Mean scores by recipe, and the mean paired gap (how much worse than the control) with its interval."""
     share = lines[0]["higher_is_better"]
-    table = Table("recipe", "cells", *MODELS, "gap", "size", "QAT, s", "bit-equal", box=SIMPLE_HEAD)
+    table = Table("recipe", "cells", *MODELS, "gap", "target", "size", "QAT, s", "bit-equal", box=SIMPLE_HEAD)
     for recipe in dict.fromkeys(line["recipe"] for line in lines):
         mine = [line for line in lines if line["recipe"] == recipe]
         means = [f"{statistics.mean(line[m] for line in mine) * (100 if share else 1):.{2 if share else 4}f}"
@@ -91,10 +107,27 @@ def summary(lines: list[dict[str, Any]]) -> Table:
             half = t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
         digits = 2 if share else 4
         table.add_row(recipe, str(len(mine)), *means, f"{statistics.mean(gaps):+.{digits}f} ± {half:.{digits}f}",
+                      target(lines[0]["task"], recipe, statistics.mean(gaps),
+                             100 * statistics.mean(line["deployed"] for line in mine)),
                       f"{statistics.mean(line['size'] for line in mine):.3f}",
                       f"{statistics.mean(line['seconds'] for line in mine):.0f}",
                       f"{sum(bool(line['equal']) for line in mine)}/{len(mine)}")
     return table
+
+
+def target(task: str, recipe: str, gap: float, score: float) -> str:
+    """The target of a recipe and whether it is met; nothing where there is none.
+
+    >>> target("lm", "w8a8", 0.0013, 187.0), target("digits", "w1a1", 2.8, 96.6)
+    ('0.001 missed', 'at least 92 met')
+    """
+    if recipe in LEAST.get(task, {}):
+        least = LEAST[task][recipe]
+        return f"at least {least:g} {'met' if score >= least else 'missed'}"
+    if recipe not in TARGETS[task]:
+        return ""
+    greatest = TARGETS[task][recipe]
+    return f"{greatest:g} {'met' if gap <= greatest else 'missed'}"
 
 
 def main() -> None:

@@ -174,7 +174,7 @@ class Planner:
             if rule.keep is not None:
                 if isinstance(module, nn.MultiheadAttention):
                     self.result.kept[name] = f"{rule} keeps it; float32, since {OPAQUE}"
-                if leaf:
+                if leaf or (quantized is not None and issubclass(quantized, QuantizedFunction)):
                     used.add(rule)
                     self.result.kept[name] = f"{rule} keeps it {rule.keep}"
                     if rule.keep != "float32":

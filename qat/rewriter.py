@@ -22,7 +22,7 @@ from qat.modules.adapted import Adapted
 from qat.modules.attention import step_by_step
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.modules.composite import Composite, Part
-from qat.modules.functional import MatMul, take_codes
+from qat.modules.functional import Add, Concat, MatMul, take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.modules.parameters import QuantizedParameters, watching
 from qat.modules.precision import NarrowFloat, keep_in
@@ -461,6 +461,8 @@ def coverage(model: nn.Module) -> Coverage:
                             state.plan.kept.get(name, "no rule matches")))
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
         seen.update(id(p) for p in own.values())
+        if isinstance(module, Add | Concat) and name in state.plan.kept:
+            rows.append(Row(name, type(module).__name__, "kept", "", "", 0, 0, state.plan.kept[name]))
         if any(p is not None for p in module._parameters.values()):
             folded = getattr(module, "_producer", None)
             default = f"no quantized form of {type(module).__name__}"

@@ -28,10 +28,10 @@ class NarrowFloat(nn.Module):
     float_dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        came = [t.dtype for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        came = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
         args = tuple(_cast(a, self.narrow) for a in args)
         kwargs = {k: _cast(v, self.narrow) for k, v in kwargs.items()}
-        device = next((p.device.type for p in self.parameters()), "cpu")
+        device = next((t.device.type for t in (*self.parameters(), *came)), "cpu")
         caster = self
         if not self.frozen_narrow:  # a shallow double, so that threads do not see each other's casts
             caster = object.__new__(type(self))
@@ -39,7 +39,7 @@ class NarrowFloat(nn.Module):
             caster.__dict__["_parameters"] = {k: _cast(p, self.narrow) for k, p in self._parameters.items()}
         with torch.autocast(device, enabled=False):
             result = super(NarrowFloat, caster).forward(*args, **kwargs)
-        return _cast(result, came[0] if came else self.float_dtype)
+        return _cast(result, came[0].dtype if came else self.float_dtype)
 
     def freeze(self) -> None:
         """Round the parameters for good."""

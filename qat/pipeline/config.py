@@ -36,8 +36,8 @@ OF_THE_PLAN = (
 )  # fmt: skip
 OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep", *OF_THE_PLAN)
 MODES = ("qat", "ptq")
-OF_THE_TEACHER = ("teacher", "teacher_model", "cache")
-"""Keys of ``distill`` that say who teaches; the others are those of `qat.Distillation`."""
+OF_THE_TEACHER = ("teacher", "teacher_model", "cache", "control")
+"""Keys of ``distill`` that say who teaches whom; the others are those of `qat.Distillation`."""
 OWN = "float"
 """``distill.teacher=float``: the run's own float model."""
 
@@ -178,11 +178,15 @@ def distill_config(section: Mapping[str, Any] | None) -> dict[str, Any]:
         teacher = str(Path(teacher).resolve())
     if not isinstance(cache, bool | str):
         raise ConfigError(f"distill.cache must be true, false or a folder, not {cache!r}.")
+    control = options.get("control", False)
+    if not isinstance(control, bool):
+        raise ConfigError(f"distill.control must be true or false, not {control!r}.")
     rest = Distillation.from_dict({k: v for k, v in options.items() if k not in OF_THE_TEACHER}).to_dict()
     return {
         "teacher": teacher,
         "teacher_model": options.get("teacher_model"),
         "cache": str(Path(cache).resolve()) if isinstance(cache, str) else cache,
+        "control": control,
         **rest,
     }
 

@@ -231,9 +231,9 @@ class Run:
         """More float training with the very budget of the quantized training: length, learning rate, batches.
 
         A teacher from elsewhere teaches the control too (and the float model before it). A run's own float model does
-        not: the control starts as that model, and would only be held where it is.
+        if ``distill.control`` says so: its probabilities are less noisy than labels, so float gains by them as well.
         """
-        module = self._module(None, self.schedule["learning_rate"])
+        module = self._module(None, self.schedule["learning_rate"], learns=self.distill.get("control", False))
         module.configure_model()
         cast(nn.Module, module.network).load_state_dict(self._load("float").state_dict())
         return self._fit("control", module, self.extra_budget)
@@ -257,7 +257,7 @@ class Run:
 
     def _qat(self) -> dict[str, Any]:
         decay = self.schedule.get("weight_decay", 1.0)
-        module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"], decay)
+        module = self._module(dict(self.config["recipe"]), self.schedule["learning_rate"], decay, learns=True)
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
         pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
@@ -335,11 +335,14 @@ class Run:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def _module(
-        self, recipe: Mapping[str, Any] | None, learning_rate: float, weight_decay: float = 1.0
+        self, recipe: Mapping[str, Any] | None, learning_rate: float, weight_decay: float = 1.0, learns: bool = False
     ) -> QuantizedTraining:
-        """What trains a network; learning rate and weight decay are multiples of the optimizer's."""
+        """What trains a network; learning rate and weight decay are multiples of the optimizer's.
+
+        ``learns``: whether the run's own float model teaches it, where that is the teacher.
+        """
         config, teacher = self.config, self.distill["teacher"]
-        distilled = teacher is not None and (teacher != OWN or recipe is not None)
+        distilled = teacher is not None and (teacher != OWN or learns)
         optimizer = dict(config["optimizer"], lr=config["optimizer"]["lr"] * learning_rate)
         if "weight_decay" in optimizer:
             optimizer["weight_decay"] *= weight_decay

@@ -77,6 +77,24 @@ def test_each_operand_has_a_range_of_its_own() -> None:
     assert torch.equal(model(a, b), (codes[0] @ codes[1]).float() * scale)
 
 
+@pytest.mark.parametrize("match", [{"type": "MatMul"}, {"name": "scores"}], ids=str)
+@pytest.mark.parametrize("keep", ["float32", "bfloat16"])
+def test_a_rule_keeps_a_product_in_floating_point(match: dict[str, str], keep: str) -> None:
+    model, x = Products(), torch.randn(2, 5, 8)
+    recipe = {"rules": [{"match": match, "keep": keep}, {"weight": "int8", "input": "int8"}]}
+    prepared = qat.calibrate(qat.prepare(model, recipe, x), [x]).eval()
+    rows = {row.name: row for row in qat.coverage(prepared).rows}
+    assert rows["scores"].status == "kept"
+    assert keep in rows["scores"].reason
+    assert rows["context"].status == ("kept" if "type" in match else "quantized")
+    a, b = torch.randn(2, 5, 8), torch.randn(2, 8, 5)
+    dtype = getattr(torch, keep)
+    assert torch.equal(prepared.scores(a, b), (a.to(dtype) @ b.to(dtype)).float())
+    deployed, certificate = qat.convert(prepared, [x])
+    assert certificate.equal
+    assert torch.equal(deployed(x), prepared(x))
+
+
 @pytest.mark.parametrize("preset", ["w8a8", "w8a8_dynamic", "w4a8", "w2a8", "w1a8", "w4a4", "w8a16"])
 def test_attention_by_hand(preset: str) -> None:
     x = torch.randn(3, 7, 8)

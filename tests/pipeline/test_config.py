@@ -52,6 +52,16 @@ def test_every_choice_composes_and_builds(choice, request):
     assert qat.is_prepared(module.network)
 
 
+def test_the_language_model_is_taught_as_was_measured():
+    config = run_config(composed("experiment=lm_taught", "recipe=w2a8"))
+    assert (config["distill"]["teacher"], config["distill"]["temperature"], config["distill"]["weight"]) == (
+        "float", 1.0, 0.5,
+    )  # fmt: skip
+    alone = run_config(composed("experiment=lm", "recipe=w2a8"))
+    assert alone["distill"]["teacher"] is None
+    assert {key for key in config if config[key] != alone[key]} == {"distill"}
+
+
 def test_every_preset_has_a_recipe_config():
     presets = set()
     for path in (CONF / "recipe").glob("*.yaml"):

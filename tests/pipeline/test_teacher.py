@@ -62,6 +62,12 @@ def test_the_runs_own_float_model_teaches_the_quantized_one_alone(tmp_path, monk
     assert same == equal  # the comparison is fair: only the quantized training differs
     assert one != two
     assert not (taught.folder / "teacher.json").exists()
+    both = make(tmp_path / "both", "recipe=w2a2", "distill=logits", "distill.temperature=3", "distill.control=true")
+    both.execute()
+    assert seen == [True] * 6 + [False] * 6 + [True] * 6
+    alike, other, start, end, _ = weights(both, "float", "control", "ptq", "qat")
+    assert [alike, start, end] == [same[0], same[2], two]
+    assert other != same[1]
 
 
 def test_a_deployed_teacher_of_another_width_from_disk(tmp_path, teacher, monkeypatch):
@@ -112,8 +118,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, teacher, cache):
         broken = Run(config(*options), tmp_path / "broken", Console(quiet=True))
         original = broken._module
 
-        def module(*arguments, stage=stage, step=step, original=original):
-            made = original(*arguments)
+        def module(*arguments, stage=stage, step=step, original=original, **options):
+            made = original(*arguments, **options)
             if (made.hparams["recipe"] is None) == (stage == "float"):
                 made.on_before_zero_grad = lambda optimizer: kill(made, step)
             return made
@@ -195,6 +201,7 @@ def test_a_changed_teacher_is_refused(tmp_path, teacher):
     [
         (["distill.teacher=nowhere"], "there is no such folder"),
         (["distill.teacher=3"], "must be float or the folder"),
+        (["distill.control=maybe"], "must be true or false"),
         (["distill.teacher={conf}/model"], "neither a run folder"),
         (["distill.teacher={conf}"], "does not describe a run"),
         (["+distill.temprature=1"], "did you mean 'temperature'"),

@@ -1,0 +1,52 @@
+"""The ladder of bit widths: targets stand beside the gaps they are for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qat.recipe import PRESETS
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy.py"
+    spec = importlib.util.spec_from_file_location("accuracy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_targets_are_those_of_presets(accuracy: ModuleType) -> None:
+    assert accuracy.TARGETS.keys() == accuracy.TASKS.keys()
+    named = {recipe for table in (*accuracy.TARGETS.values(), *accuracy.LEAST.values()) for recipe in table}
+    assert named <= set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "control", "deployed", "says"),
+    [
+        ("lm", "w8a8", 1.87, 1.8705, "0.001 met"), ("lm", "w8a8", 1.87, 1.872, "0.001 missed"),
+        ("lm", "w4a4", 1.87, 1.9, ""), ("digits", "w2a8", 0.98, 0.979, "0.2 met"),
+        ("digits", "w2a8", 0.98, 0.97, "0.2 missed"), ("digits", "w1a1", 0.99, 0.93, "at least 92 met"),
+        ("digits", "w1a1", 0.93, 0.91, "at least 92 missed"), ("rnn", "w4a8", 0.5, 0.51, "0.7 met"),
+    ],
+)  # fmt: skip
+def test_a_gap_is_held_against_its_target(
+    accuracy: ModuleType, task: str, recipe: str, control: float, deployed: float, says: str
+) -> None:
+    line: dict[str, Any] = {
+        "task": task, "recipe": recipe, "float": control, "control": control, "ptq": control, "qat": deployed,
+        "deployed": deployed, "higher_is_better": task != "lm", "size": 0.3, "seconds": 1.0, "equal": True,
+    }  # fmt: skip
+    table = accuracy.summary([line, line])
+    [cell] = next(column for column in table.columns if column.header == "target").cells
+    assert cell == says
+    Console(quiet=True).print(table)
