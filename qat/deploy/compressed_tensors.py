@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from qat.deploy.card import model_card
 from qat.deploy.checkpoint import file_names, shards, write_synced, write_tensors
 from qat.deploy.files import new_folder
+from qat.deploy.weights import exactly, other_tensors, weight_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.modules.base import QuantizedModule
 from qat.numerics import packing
 from qat.numerics.formats import get_format
 from qat.quantizers.quantizer import FrozenQuantizer
-from qat.rewriter import prepared_state, quantized_modules
+from qat.rewriter import quantized_modules
 
 TARGETS = ("transformers", "vllm")
 COPIED = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -72,8 +73,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     if not hasattr(config, "to_diff_dict"):
         raise UnsupportedError(f"{type(deployed).__name__} is not a model of transformers: compressed-tensors folders "
                                "are loaded by its config; use another format, or qat.save")
-    allowed = ["*"] if dequantize is True else list(dequantize or ())
-    layers, floats, tensors = _layers(deployed, target or "transformers", allowed)
+    layers, floats, tensors = _layers(deployed, target or "transformers", dequantize)
     settings = _config(deployed, config, layers)
     extra = _copied(deployed, source)
     with new_folder(path, _is_export) as folder:
@@ -99,69 +99,43 @@ def _is_export(folder: Path) -> bool:
 # -------------------------------------------------------------------------------------------------- layers
 
 
-def _layers(deployed: nn.Module, target: str, allowed: list[str],
+def _layers(deployed: nn.Module, target: str, dequantize: bool | Iterable[str],
             ) -> tuple[dict[str, Scheme], list[str], dict[str, Tensor]]:
     """The schemes of quantized layers, the names of dequantized ones, and all tensors of the file."""
-    modules = quantized_modules(deployed)
-    traced = {f"{owner}.{child}".lstrip(".") for owner, made in prepared_state(deployed).plan.traced.items()
-              for child in made}
+    modules = weight_layers(deployed)
+    dtype = _dtype(modules)
     schemes: dict[str, Scheme] = {}
-    floats: list[str] = []
     tensors: dict[str, Tensor] = {}
-    dtype = _dtype(deployed)
     for name, module in modules.items():
-        plan = module.plan
-        if not (plan.weight or plan.input or plan.output or plan.parts):
-            continue
-        try:
-            if name in traced:
-                raise UnsupportedError(f"{name}: a function call that prepare made a layer of; transformers has no "
-                                       "layer of this name. Keep it: a rule with keep: float32")
-            schemes[name], own = _layer(name, module, dtype, target)
-        except UnsupportedError as error:
-            if plan.input or plan.output or plan.weight is None or name in traced or plan.parts:
-                raise
-            if not any(fnmatch.fnmatchcase(name, glob) for glob in allowed):
-                raise UnsupportedError(f"{error}; or dequantize=[{name!r}] to write this layer in floating point"
-                                       ) from None
-            floats.append(name)
-            own = {"weight": module.weight.to(module.float_dtype)}
-        tensors |= {f"{name}.{key}": value for key, value in own.items()}
+        inputs, own = _inputs(name, module, dtype, target)
+
+        def integers(name=name, module=module, inputs=inputs):
+            return _weight(name, module, inputs, dtype, target)
+
+        def floats(module=module):
+            return None, {"weight": module.weight.to(module.float_dtype)}
+
+        scheme, weight = exactly(name, integers, floats, dequantize if inputs is None else False)
+        if scheme is not None:
+            schemes[name] = scheme
+        tensors |= {f"{name}.{key}": value for key, value in (own | weight).items()}
     if not schemes:
         raise UnsupportedError("no layer of this model would be integers in the file: save the float model instead")
-    seen: dict[tuple[int, int], str] = {}
-    for name, value in deployed.state_dict().items():
-        owner, _, key = name.rpartition(".")
-        if _part_of(owner, modules) and not (owner in modules and key in modules[owner]._parameters):
-            continue
-        address = (value.data_ptr(), value.numel())
-        if value.numel() and address in seen:       # tied: transformers ties it again
-            continue
-        seen[address] = name
-        tensors[name] = value
-    return schemes, floats, {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
+    tensors |= dict(other_tensors(deployed, modules))
+    tensors = {name: value.cpu().contiguous() for name, value in sorted(tensors.items())}
+    return schemes, [name for name in modules if name not in schemes], tensors
 
 
-def _part_of(owner: str, modules: Mapping[str, QuantizedModule]) -> bool:
-    """Whether a name is a quantized layer, or something inside of it."""
-    return any(owner == name or owner.startswith(f"{name}.") for name in modules)
-
-
-def _dtype(deployed: nn.Module) -> torch.dtype:
+def _dtype(modules: Mapping[str, QuantizedModule]) -> torch.dtype:
     """The floating point type in which the model is loaded: that of its layers when they were float."""
-    counts = Counter(m.float_dtype for m in quantized_modules(deployed).values() if m.plan.weight is not None)
-    return counts.most_common(1)[0][0]
+    return Counter(m.float_dtype for m in modules.values()).most_common(1)[0][0] if modules else torch.float32
 
 
-def _layer(name: str, module: QuantizedModule, dtype: torch.dtype, target: str) -> tuple[Scheme, dict[str, Tensor]]:
-    """Scheme and tensors of one layer."""
-    plan = module.plan
-    if plan.kind not in ("Linear", "Embedding") or plan.weight is None or plan.parts:
-        raise UnsupportedError(f"{name}: compressed-tensors holds linear layers and embeddings, not quantized "
-                               f"{plan.kind}: limit the rules, with match: {{type: Linear}} say, or keep it float32")
-    if plan.output is not None or plan.chained:
-        raise UnsupportedError(f"{name}: its output is quantized, which these runtimes do not do: leave out output:")
-    if plan.kind == "Embedding" and target == "vllm":
+def _weight(name: str, module: QuantizedModule, inputs: dict[str, Any] | None, dtype: torch.dtype, target: str,
+            ) -> tuple[Scheme | None, dict[str, Tensor]]:
+    """Scheme and weight of one layer."""
+    kind = module.plan.kind
+    if kind == "Embedding" and target == "vllm":
         raise UnsupportedError(f"{name}: vLLM has no integer embeddings: keep: float32 in the recipe")
     weight = module.quantized_weight()
     spec = weight.spec
@@ -177,16 +151,12 @@ def _layer(name: str, module: QuantizedModule, dtype: torch.dtype, target: str) 
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
                **({"strategy": "group", "group_size": spec.group_size} if spec.group_size else
                   {"strategy": "channel" if scale.dim() else "tensor"})}
-    inputs, own = _inputs(name, module, dtype, target)
-    packed = plan.kind == "Linear" and (bits < 8 or inputs is None)
-    own["weight_scale"] = kept if kept.dim() == 2 else kept.reshape(-1, 1) if kept.dim() else kept.reshape(1)
-    if packed:
-        own["weight_packed"] = pack_rows(levels, bits)
-        own["weight_shape"] = torch.tensor(levels.shape)
-    else:
-        own["weight"] = levels
+    packed = kind == "Linear" and (bits < 8 or inputs is None)
+    own = {"weight_scale": kept if kept.dim() == 2 else kept.reshape(-1, 1) if kept.dim() else kept.reshape(1)}
+    own |= {"weight_packed": pack_rows(levels, bits), "weight_shape": torch.tensor(levels.shape)} if packed else {
+        "weight": levels}
     return {"weights": weights, "input_activations": inputs, "output_activations": None,
-            "format": "pack-quantized" if packed else "int-quantized", "kind": plan.kind}, own
+            "format": "pack-quantized" if packed else "int-quantized", "kind": kind}, own
 
 
 def _inputs(name: str, module: QuantizedModule, dtype: torch.dtype, target: str,
@@ -211,9 +181,10 @@ def _inputs(name: str, module: QuantizedModule, dtype: torch.dtype, target: str,
         return {**common, "strategy": "token" if spec.granularity == "per_token" else "tensor", "dynamic": True}, {}
     assert isinstance(quantizer, FrozenQuantizer)
     kept = _kept(f"{name}: the scale of its input is", quantizer.scale, dtype, "input")
-    own = {"input_scale": kept.reshape(1)}
+    own: dict[str, Tensor] = {"input_scale": kept.reshape(1)}
     if not spec.symmetric:
-        own["input_zero_point"] = torch.as_tensor(quantizer.zero_point).to(torch.int8).reshape(1)
+        zero_point: Any = quantizer.zero_point
+        own["input_zero_point"] = torch.as_tensor(zero_point, dtype=torch.int8).reshape(1)
     return {**common, "strategy": "tensor", "dynamic": False}, own
 
 
@@ -260,8 +231,9 @@ def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> d
     ignore = [name for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     settings = dict(config.to_diff_dict())
     settings["architectures"] = settings.get("architectures") or [type(deployed).__name__]
-    settings["dtype"] = _called(_dtype(deployed))
-    head = deployed.get_output_embeddings() if hasattr(deployed, "get_output_embeddings") else None
+    settings["dtype"] = _called(_dtype(weight_layers(deployed)))
+    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
+    head = find_head()
     if _copies(deployed, layers) or any(deployed.get_submodule(name) is head for name in layers):
         settings["tie_word_embeddings"] = False
     settings["quantization_config"] = {

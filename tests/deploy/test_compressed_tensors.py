@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file
 
 import qat
@@ -15,7 +16,6 @@ from qat.deploy import checkpoint, compressed_tensors
 from qat.deploy.export import export
 from qat.errors import CheckpointError, UnsupportedError
 from qat.numerics.formats import get_format
-from tests import zoo
 
 transformers = pytest.importorskip("transformers")
 
