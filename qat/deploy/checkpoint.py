@@ -61,14 +61,14 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
         raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
     tensors, aliases = _unique_tensors(deployed)
-    shards = list(_shards(tensors))
+    parts = list(shards(tensors))
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
         files = {name: write_tensors(Path(temporary) / name, {key: tensors[key] for key in keys})
-                 for name, keys in zip(file_names(len(shards)), shards)}
-        homes = {key: name for name, keys in zip(files, shards) for key in keys}
+                 for name, keys in zip(file_names(len(parts)), parts)}
+        homes = {key: name for name, keys in zip(files, parts) for key in keys}
         entries = {key: entry(value, homes[key]) for key, value in tensors.items()}
         write_synced(Path(temporary) / MANIFEST, manifest_text(deployed, entries, aliases, files))
         os.chmod(temporary, 0o755)
@@ -80,7 +80,7 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     """The names of the tensors of each file; at least one file, if only an empty one."""
     shard: list[str] = []
     size = 0

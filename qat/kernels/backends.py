@@ -80,7 +80,7 @@ def rescale(acc: Tensor, multiplier: Tensor, bias: Tensor | None, taken_off: Ten
     Args:
         taken_off: integers that broadcast against ``acc``: what a zero point adds to the accumulators.
     """
-    if acc.device.type != "cpu" or acc.numel() <= 2 * affine.PIECE or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or acc.device.type != "cpu" or acc.numel() <= 2 * affine.PIECE:
         y = (acc if taken_off is None else acc - taken_off).float() * multiplier
         return y if bias is None else y.add_(bias)
     y = torch.empty_like(acc, dtype=torch.float32)

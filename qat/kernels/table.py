@@ -136,14 +136,14 @@ def _first(op: str, x: Activation, w: Weight | Activation, supports: Callable[[B
 
 def linear(x: Activation, w: Weight, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     """``float32(acc) * multiplier + bias`` for ``x.values`` (rows, in) and ``w.levels`` (out, in)."""
-    if torch.compiler.is_compiling():
+    if opaque():
         return torch.ops.qat.linear(*_as_tensors(x, w), multiplier, bias)
     return choose("linear", x, w).linear(x, w, multiplier, bias)
 
 
 def convolution(x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     """``float32(acc) * multiplier + bias`` for ``x.values`` (batch, in, *spatial)."""
-    if torch.compiler.is_compiling():
+    if opaque():
         return torch.ops.qat.convolution(*_as_tensors(x, w), geometry.stride, geometry.padding, geometry.dilation,
                                          geometry.groups, multiplier, bias)
     return choose("convolution", x, w, geometry).convolution(x, w, geometry, multiplier, bias)
@@ -151,12 +151,17 @@ def convolution(x: Activation, w: Weight, geometry: Geometry, multiplier: Tensor
 
 def matmul(a: Activation, b: Activation, multiplier: Tensor) -> Tensor:
     """``float32(acc) * multiplier`` for ``a.values`` (..., m, k) and ``b.values`` (..., k, n)."""
-    if torch.compiler.is_compiling():
+    if opaque():
         return torch.ops.qat.matmul(*_pieces(a), *_pieces(b), multiplier)
     return choose_matmul(a, b).matmul(a, b, multiplier)
 
 
 # ------------------------------------------------------------------------------ one opaque operator for compilers
+
+
+def opaque() -> bool:
+    """Whether a product is one operator to whoever traces now: to compilers; to an exporter that forces no backend."""
+    return torch.compiler.is_compiling() and not (torch.compiler.is_exporting() and bool(_forced))
 
 
 def _as_tensors(x: Activation, w: Weight) -> tuple[Tensor, Tensor | None, int, int, Tensor, int, int]:

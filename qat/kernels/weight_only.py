@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from qat.kernels import table
 from qat.kernels.columns import RUN, Columns
 from qat.kernels.contract import LASTING, Weight
 from qat.numerics.formats import TensorSpec
@@ -59,12 +60,14 @@ def product(x: Tensor, w: QuantizedTensor, bias: Tensor | None, kernel: Weight |
 
 
 def _forward(x: Tensor, w: QuantizedTensor, bias: Tensor | None, kernel: Weight | None) -> Tensor:
-    if torch.compiler.is_compiling():
+    if table.opaque():
         stored = w.packed if isinstance(w, PackedTensor) else w.codes
         zero_point = torch.tensor(w.zero_point) if isinstance(w.zero_point, int) else w.zero_point
         return torch.ops.qat.weight_only(x, stored, list(w.shape), w.scale, zero_point, w.spec.format,
                                          w.spec.granularity, w.spec.group_size, w.spec.scale_dtype, bias,
                                          -1 if kernel is None else kernel.handle)
+    if torch.compiler.is_compiling():       # an exporter that wants operators of torch
+        return F.linear(x, w.dequantize(x.dtype), bias)
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1])
         y = _few(rows, w, bias, kernel) if _is_few(rows, w) else _blockwise(rows, w, bias)

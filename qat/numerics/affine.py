@@ -227,7 +227,7 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 def _piecewise(x: Tensor, spec: TensorSpec) -> bool:
     """Whether to go through ``x`` in pieces: large dense tensors on a CPU, outside of a compiler."""
-    return (x.numel() > 2 * PIECE and x.device.type == "cpu" and not torch.compiler.is_compiling() and _dense(x)
+    return (not torch.compiler.is_compiling() and x.numel() > 2 * PIECE and x.device.type == "cpu" and _dense(x)
             and spec.fmt.grid != "sign" and spec.granularity != "per_group" and x.shape[0] > 1)
 
 
