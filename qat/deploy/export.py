@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,13 @@ from torch import nn
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.rewriter import is_prepared, quantized_modules
 
-FORMATS: dict[str, tuple[str, str]] = {
+FORMATS: dict[str, tuple[str, str | None]] = {
     "compressed-tensors": ("qat.deploy.compressed_tensors", "llm"),
     "gguf": ("qat.deploy.gguf", "gguf"),
-    "torch-export": ("qat.deploy.torch_export", "torch"),
+    "torch-export": ("qat.deploy.torch_export", None),
 }
 """Format -> module with a function ``write(deployed, path, example_inputs, target, **options)``, and the extra that it
-needs. A module is imported when its format is asked for."""
+needs, if any. A module is imported when its format is asked for."""
 
 
 def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, example_inputs: Any = None,
@@ -51,5 +52,12 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
     try:
         write: Callable[..., None] = importlib.import_module(module).write
     except ImportError as error:
+        if extra is None:
+            raise
         raise UnsupportedError(f"format {format} needs the extra {extra}: pip install '.[{extra}]' ({error})") from None
+    known = [n for n in inspect.signature(write).parameters if n not in ("deployed", "path", "example_inputs", "target")]
+    for option in options:
+        if option not in known:
+            raise UnsupportedError(f"format {format} has no option {option!r}{nearest(option, known)}; options are "
+                                   f"{', '.join(known) or 'none'}")
     write(deployed, Path(path), example_inputs=example_inputs, target=target, **options)
