@@ -55,7 +55,7 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
         if extra is None:
             raise
         raise UnsupportedError(f"format {format} needs the extra {extra}: pip install '.[{extra}]' ({error})") from None
-    known = [n for n in inspect.signature(write).parameters if n not in ("deployed", "path", "example_inputs", "target")]
+    known = [n for n in inspect.signature(write).parameters if n not in inspect.signature(export).parameters]
     for option in options:
         if option not in known:
             raise UnsupportedError(f"format {format} has no option {option!r}{nearest(option, known)}; options are "
