@@ -13,7 +13,9 @@ from torch import nn
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.rewriter import is_prepared, quantized_modules
 
-FORMATS: dict[str, tuple[str, str]] = {}
+FORMATS: dict[str, tuple[str, str]] = {
+    "onnx": ("qat.deploy.onnx", "onnx"),
+}
 """Format -> module with a function ``write(deployed, path, example_inputs, target, **options)``, and the extra that it
 needs. A module is imported when its format is asked for."""
 
