@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,10 @@ from qat.tracing import evaluating
 OPSET, IR_VERSION = 21, 10
 FORMS = ("auto", "qdq", "integer")
 DOMAIN = "qat"
+SYMBOL = re.compile(r"s\d+")
 LARGEST_FILE = 2**31 - 1
+GEMM_SWALLOWS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Softplus", "Softsign", "Elu", "Selu",
+                 "ThresholdedRelu", "Clip")
 BIAS_STEPS = 2**23
 """What the bias of a channel without weights becomes on the int32 grid that is chosen for it."""
 
@@ -767,26 +771,51 @@ class _Lowering:
         if plain and (self.form == "qdq" or (self.form == "auto" and factor == 1.0 and self._quantized_at_once())):
             y = self._op("MatMul", self._dq(a, scale_a, None, "a_", left), self._dq(b, scale_b, None, "b_", right))
             return [y if factor == 1.0 else self._op("Mul", y, self._float(factor))]
-        for moving in (moving_a, moving_b):
-            if moving is not None and not self._one_scale(moving):
-                raise self._refuse("a product of activations with a zero point for each row or column is no ONNX "
-                                   "operator", "use symmetric: true")
-        points = [None if s.fmt.grid != "affine" else self._point(p, m, np.int8 if s.fmt.signed else np.uint8)
-                  for p, m, s in (("a_", moving_a, left), ("b_", moving_b, right))]
-        acc = self._op("MatMulInteger", self._levels(a, left), self._levels(b, right), *points)
+        acc = self._two_activations(a, moving_a, left, b, moving_b, right)
         worth_a, worth_b = self._worth(scale_a, left), self._worth(scale_b, right, factor)
         y = self._op("Cast", acc, to=ir.DataType.FLOAT)
         if self._one_scale(scale_a):
             return [self._op("Mul", y, self._op("Mul", worth_a, worth_b))]
         return [self._op("Mul", self._op("Mul", y, worth_b), worth_a)]
 
+    def _two_activations(self, a: ir.Value, moving_a: ir.Value | None, left: TensorSpec, b: ir.Value,
+                         moving_b: ir.Value | None, right: TensorSpec) -> ir.Value:
+        """The int32 sums of (a - z_a) @ (b - z_b).
+
+        Zero points for each row of ``a`` or column of ``b`` are taken off afterwards, in int32 too:
+        ``a @ (b - z) = a @ b - (sum of each row of a) * z``.
+        """
+        points, wide = [], [moving is not None and not self._one_scale(moving) for moving in (moving_a, moving_b)]
+        if all(wide):
+            raise self._refuse("a product of activations that both have zero points for rows or columns is no ONNX "
+                               "operator", "use symmetric: true for one of them")
+        for prefix, moving, spec, many in (("a_", moving_a, left, wide[0]), ("b_", moving_b, right, wide[1])):
+            dtype = np.int8 if spec.fmt.signed else np.uint8
+            points.append(None if many or spec.fmt.grid != "affine" else self._point(prefix, moving, dtype))
+        a, b = self._levels(a, left), self._levels(b, right)
+        acc = self._op("MatMulInteger", a, b, *points)
+        if not any(wide):
+            return acc
+        other, moving, axis, point = (a, moving_b, -1, points[0]) if wide[1] else (b, moving_a, -2, points[1])
+        values = self._op("Cast", other, to=ir.DataType.INT32)
+        if point is not None:
+            values = self._op("Sub", values, self._op("Cast", point, to=ir.DataType.INT32))
+        sums = self._op("ReduceSum", values, self._const(np.array([axis], np.int64), "axes"), keepdims=1)
+        return self._op("Sub", acc, self._op("Mul", sums, moving))
+
     # --------------------------------------------------------------------------------- weights with float inputs
 
     def _FloatProduct(self) -> list[ir.Value]:
         layer, weight = self._weight()
         y = self._op("MatMul", self.node.inputs[0], self._transposed_values(weight))
-        bias = layer.bias
-        return [y if bias is None else self._op("Add", y, self._const(bias.detach().numpy(), f"{self.layer}.bias"))]
+        if layer.bias is None:
+            return [y]
+        bias, shape = layer.bias.detach().numpy(), self.node.outputs[0].shape
+        if shape is not None and len(shape) == 2 and any(u.node.op_type in GEMM_SWALLOWS
+                                                         for u in self.node.outputs[0].uses()):
+            # onnxruntime makes one float Gemm of matrix product, sum and activation, and forgets the codes
+            return [self._op("Sub", y, self._const(-bias, f"{self.layer}.negative_bias"))]
+        return [self._op("Add", y, self._const(bias, f"{self.layer}.bias"))]
 
     def _Weight(self) -> list[ir.Value]:
         """The values of a weight with output channels first; where only its transpose is read, that."""
@@ -885,6 +914,7 @@ def _tidy(model: ir.Model) -> None:
         step(model)
     graph = model.graph
     taken: dict[str, int] = {}
+    ends = set(graph.outputs)
     fixed = {v.name for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     for node in graph:
         node.metadata_props.clear()
@@ -894,10 +924,17 @@ def _tidy(model: ir.Model) -> None:
         node.name = kind if not taken[kind] else f"{kind}_{taken[kind]}"
         for i, value in enumerate(node.outputs):
             value.metadata_props.clear()
+            if value not in ends:
+                value.shape = None
             if value.name not in fixed:
                 value.name = f"{node.name}.{i}" if i else f"{node.name}.out"
-    for value in (*graph.inputs, *graph.initializers.values()):
+    names: dict[str, str] = {}
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([d if isinstance(d, int) else SYMBOL.sub(
+                lambda found: names.setdefault(found[0], f"dim_{len(names)}" if names else "batch"), str(d))
+                for d in value.shape])
     model.metadata_props.clear()
     graph.metadata_props.clear()
     graph.name = "deployed"
