@@ -103,7 +103,7 @@ TARGETS: dict[str, Target] = {t.name: t for t in [
     Target("vllm", "vLLM with compressed-tensors: W8A8 and weight-only linear layers", weights=_INT8,
            weight_only=("int4", "int8"), weight_only_granularities=("per_group", "per_channel"),
            group_sizes=(128, 64, 32), activations=_INT8, dynamic=("per_token",), static=False,
-           symmetric_activations=True, operators=("Linear",), form=None, recipe="w8a8_dynamic"),
+           symmetric_activations=True, absorbs=False, operators=("Linear",), form=None, recipe="w8a8_dynamic"),
     Target("llama_cpp", "llama.cpp: GGUF, weight-only, groups of 32 with float16 scales", weights=(),
            weight_only=("int8", "int4", "ternary"), weight_only_granularities=("per_group",), group_sizes=(32,),
            activations=(), static=False, operators=("Linear", "Embedding"), scale_dtype="float16", form=None,
@@ -145,7 +145,7 @@ def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
     fitting = _Fitting(aim)
     rules: list[Rule] = []
     for rule in recipe.rules:
-        rules += fitting.rule(rule)
+        rules += fitting.rule(rule, rules)
     rules += fitting.functions(rules)
     changes: dict[str, None] = dict.fromkeys(fitting.changes)
     edges = recipe.edges
@@ -171,8 +171,8 @@ class _Fitting:
     def refuse(self, rule: Rule, what: str, why: str) -> UnsupportedError:
         return UnsupportedError(f"{rule}: {what} cannot run on {self.target.name}: {why}")
 
-    def rule(self, rule: Rule) -> list[Rule]:
-        """The rule, and in front of it those for kinds that are treated in another way."""
+    def rule(self, rule: Rule, before: Iterable[Rule]) -> list[Rule]:
+        """The rule, and in front of it those for kinds that are treated in another way, unless ``before`` has them."""
         if rule.keep is not None:
             return [rule]
         weight, given = rule.weight, rule.input
@@ -184,7 +184,8 @@ class _Fitting:
         fitted = replace(rule, weight=weight, input=given, output=output)
         if weight is None or given is None or given.dynamic or output is not None or not self.target.fuses:
             return [fitted]
-        kinds = [k for k in self.target.fuses if k in CONVOLUTIONS and rule.type in (None, k)]
+        covered = {r.type for r in before if r.name in (None, rule.name)}
+        kinds = [k for k in self.target.fuses if k in CONVOLUTIONS and rule.type in (None, k) and k not in covered]
         if not kinds:
             return [fitted]
         self.say(rule, f"output: {given.format} for {', '.join(kinds)}",

@@ -24,6 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -91,7 +92,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     for name, module in modules.items():
         if not isinstance(module, Composite):
             targets.check(aim, name, module.plan.kind, module.plan.weight, _input_of(module), module.plan.output)
-    program = _traced(deployed, example_inputs, dynamic_batch)
+    program = _traced(deployed, example_inputs, dynamic_batch, aim.symmetric_activations is not True)
     model = program.model
     _Lowering(model, modules, aim, form).run()
     _tidy(model)
@@ -133,7 +134,7 @@ def _replace(path: Path, data: bytes) -> None:
 # ------------------------------------------------------------------------------- the graph, arithmetic left opaque
 
 
-def _traced(deployed: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.onnx.ONNXProgram:
+def _traced(deployed: nn.Module, inputs: Any, dynamic_batch: bool, unsigned: bool) -> torch.onnx.ONNXProgram:
     """The graph of the model, with nodes of the domain ``qat`` for what it does with codes."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (
         tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {})
@@ -145,7 +146,7 @@ def _traced(deployed: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.onnx
     shapes = torch.utils._pytree.tree_map(
         lambda t: {0: torch.export.Dim.AUTO} if isinstance(t, Tensor) and t.dim() and dynamic_batch else None,
         (args, kwargs))
-    with warnings.catch_warnings(), evaluating(deployed), torch.no_grad(), _opaque():
+    with warnings.catch_warnings(), evaluating(deployed), torch.no_grad(), _opaque(unsigned):
         warnings.simplefilter("ignore")         # of the exporter, about its own parts
         try:
             program = torch.onnx.export(deployed, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, verbose=False,
@@ -206,6 +207,19 @@ def _grid(x: QuantizedTensor, prefix: str = "") -> tuple[list[Tensor | None], di
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid, offset: Any = None) -> QuantizedTensor:
+    return _placed(x, scale, zero_point, grid)
+
+
+def _quantize_unsigned(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid, offset: Any = None) -> QuantizedTensor:
+    """int8 codes as uint8, 128 higher: the same levels, in the type that kernels take on either side of a ReLU."""
+    spec = grid.spec
+    if spec.format == "int8" and spec.granularity == "per_tensor" and not isinstance(zero_point, Tensor):
+        grid = replace(grid, spec=spec.replace(format="uint8", symmetric=False, learned=None))
+        zero_point = int(zero_point or 0) + 128
+    return _placed(x, scale, zero_point, grid)
+
+
+def _placed(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid) -> QuantizedTensor:
     codes = QuantizedTensor(x, scale, zero_point, grid.spec)
     inputs, attributes = _grid(codes)
     attributes |= {k: float(v) for k, v in (("floor", grid.floor), ("ceiling", grid.ceiling)) if v is not None}
@@ -214,7 +228,7 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid, offset:
 
 
 def _quantize_raw(x: Tensor, scale: Tensor, zero_point: Any, spec: TensorSpec) -> Tensor:
-    return _quantize(x, scale, zero_point, ste.Grid(spec)).codes
+    return _placed(x, scale, zero_point, ste.Grid(spec)).codes
 
 
 def _dynamically(self: DynamicQuantizer, x: Tensor) -> QuantizedTensor:
@@ -270,10 +284,14 @@ _EMBED = QuantizedEmbedding.forward
 
 
 @contextmanager
-def _opaque() -> Iterator[None]:
-    """All modules of this package compute with opaque nodes instead of codes inside the block."""
+def _opaque(unsigned: bool) -> Iterator[None]:
+    """All modules of this package compute with opaque nodes instead of codes inside the block.
+
+    Args:
+        unsigned: whether int8 codes of activations become uint8.
+    """
     replaced: list[tuple[Any, str, Any]] = [
-        (ste, "quantize", _quantize), (ste, "product", _product), (ste, "matmul", _matmul),
+        (ste, "quantize", _quantize_unsigned if unsigned else _quantize), (ste, "product", _product), (ste, "matmul", _matmul),
         (affine, "quantize", _quantize_raw), (weight_only, "product", _float_product),
         (QuantizedTensor, "dequantize", _dequantize), (QuantizedEmbedding, "forward", _embed),
         (DynamicQuantizer, "quantize", _dynamically), (QuantizedModule, "quantized_weight", lambda self: _Weight(self)),
@@ -670,11 +688,7 @@ class _Lowering:
     def _multiplier(self, scale: ir.Value, spec: TensorSpec, weight: np.ndarray, shape: tuple[int, ...]
                     ) -> tuple[ir.Value, ir.Value | None]:
         """What an accumulator is multiplied by: one number for each output; and one for each row, where there are."""
-        known = _constant(scale)
         weight = weight if not shape or not weight.ndim else weight.reshape(shape)
-        if known is not None and known.ndim == 0:
-            return self._const((known * np.float32(spec.fmt.unit) * weight).astype(np.float32),
-                               f"{self.layer}.multiplier"), None
         by_channel = self._const(weight, f"{self.layer}.weight_scale")
         worth = self._worth(scale, spec)
         return (self._op("Mul", worth, by_channel), None) if self._one_scale(scale) else (by_channel, worth)
