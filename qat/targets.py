@@ -70,7 +70,7 @@ class Target:
     rounding: str = "half to even, by division"
     bias: str = "int32"
     scale_dtype: str = "float32"
-    form: str | None = "auto"
+    form: str | None = "integer"
     explicit: bool = False
     positive_scales: bool = False
     recipe: str = "w8a8"
@@ -146,7 +146,7 @@ def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
     rules: list[Rule] = []
     for rule in recipe.rules:
         rules += fitting.rule(rule, rules)
-    rules += fitting.functions(rules)
+    rules = [*fitting.functions(rules), *rules]     # in front: the first rule that matches wins
     changes: dict[str, None] = dict.fromkeys(fitting.changes)
     edges = recipe.edges
     if edges == "int8" and (not aim.static or "int8" not in aim.weights):

@@ -5,10 +5,13 @@ product, dequantize: everything that composites do between their products is fol
 each of these opaque nodes is written out, with what surrounds it in view:
 
     qdq        DequantizeLinear -> Conv | Gemm | MatMul -> QuantizeLinear: what runtimes fuse into one integer kernel. The
-               bias is an int32 initializer at scale_x * scale_w (so it is rounded), or float where the target wants that
+               bias is an int32 initializer at scale_x * scale_w, or float where the target wants that. The int32 bias
+               is rounded, so about one code in a hundred or thousand is another one than in training
     integer    ConvInteger | MatMulInteger -> Cast -> Mul -> Add: ``float32(acc) * multiplier + bias``, the expression
-               of training itself, bit for bit; it serves every scheme, but few runtimes run it fast
-    auto       qdq where the result is quantized at once, else integer, for which a runtime has a kernel in any case
+               of training itself, bit for bit; it serves every scheme, but runtimes convolve slowly in it
+    auto       qdq where the result is quantized at once, else integer, for which onnxruntime has kernels in any case
+
+``integer`` is the default where no target asks for Q/DQ; ``form="auto"`` is the fast one for convolutions.
 
 Weight-only layers are blocked DequantizeLinear + MatMul, which onnxruntime runs on the packed codes (MatMulNBits). It
 quantizes their activations too unless ``session.qdq_matmulnbits_accuracy_level`` is set to 1.

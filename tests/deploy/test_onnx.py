@@ -133,24 +133,26 @@ def test_codes_and_predictions_of_a_trained_network(trained: nn.Module, digits: 
     made, operators = written(deployed, path, x[:8], target="onnxruntime")
     assert not FLOAT_PRODUCTS & set(operators)
     assert sum(n for k, n in operators.items() if k in INTEGER_KERNELS) == 10
+    fast, operators = written(deployed, tmp_path / "fast.onnx", x[:8], target="onnxruntime", form="auto")
+    assert not FLOAT_PRODUCTS & set(operators)
     if recipe == "onnxruntime":
         assert operators["QLinearConv"] == 9
+        assert operators["QLinearAdd"] == 3
     with torch.no_grad():
         expected = deployed(x)
     watching, fused = session(path, codes=True)
     assert not FLOAT_PRODUCTS & set(fused)
     logits, *theirs = outputs(watching, x)
     np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1).numpy())
+    np.testing.assert_array_equal(outputs(fast, x)[0].argmax(-1), expected.argmax(-1).numpy())
     assert (expected.argmax(-1) == y).float().mean() > 0.9
     ours = codes_of(deployed, x)
     assert len(ours) == len(theirs)
-    apart = [np.abs(a.numpy() - b) for a, b in zip(ours, theirs)]
-    assert max(d.max() for d in apart) <= 1
-    share = sum(int((d > 0).sum()) for d in apart) / sum(d.size for d in apart)
-    assert share <= 1e-4, f"{share:.5%} of the codes differ"
+    for a, b in zip(ours, theirs):
+        np.testing.assert_array_equal(a.numpy(), b)
 
 
-@pytest.mark.parametrize("name", list(zoo.ZOO))
+@pytest.mark.parametrize("name", ["conv", "transposed", "3d", "tied"])
 def test_every_layer_type_runs_on_integers(name: str, tmp_path: Path) -> None:
     x = zoo.inputs(name, 4)
     deployed = deploy(zoo.build(name), "w8a8", x)
@@ -167,15 +169,12 @@ def test_every_layer_type_runs_on_integers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("weight", "given", "bits"), [
     ({"format": "int8"}, {"format": "int8"}, 8),
     ({"format": "uint8", "symmetric": False}, {"format": "uint8"}, 8),
-    ({"format": "int8", "granularity": "per_tensor"}, {"format": "uint8"}, 8),
     ({"format": "int4", "granularity": "per_group", "group_size": 16}, None, 4),
     ({"format": "uint4", "granularity": "per_group", "group_size": 32, "symmetric": False}, None, 4),
     ({"format": "int8", "granularity": "per_group", "group_size": 32}, None, 8),
-    ({"format": "int4"}, None, 4),
     ({"format": "int2_midrise"}, None, 4),
     ({"format": "binary"}, {"format": "int8"}, 8),
     ({"format": "int4", "granularity": "per_group", "group_size": 16}, {"format": "int8"}, 8),
-    ({"format": "int8"}, {"format": "int8", "dynamic": True}, 8),
 ])
 def test_initializers_are_the_weights(weight: dict[str, Any], given: Any, bits: int, tmp_path: Path) -> None:
     model, x, path = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 24)), torch.randn(9, 64), tmp_path / "m.onnx"
@@ -208,7 +207,7 @@ def test_batch_norms_of_any_sign_become_positive_scales(gain: float, tmp_path: P
     x, path = torch.randn(4, 3, 9, 9), tmp_path / "m.onnx"
     deployed = deploy(model, "w8a8", x)
     assert float(quantized_modules(deployed)["0"].weight_scale.min()) <= 0
-    made, operators = written(deployed, path, x, target="openvino")
+    made, operators = written(deployed, path, x, form="qdq")
     held = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     assert (held["0.weight_scale"] > 0).all()
     assert torch.equal(values_in(path, "0", (8, 3, 3, 3)), quantized_modules(deployed)["0"].weight)
@@ -225,7 +224,7 @@ def test_a_scale_that_must_stay_negative_is_refused_where_the_target_minds(tmp_p
         model[0].weight[:, 0, 0, 0] = -3.0                      # type: ignore[index]
     x = torch.randn(4, 3, 9, 9)
     deployed = deploy(model, "w8a8", x)
-    made, operators = written(deployed, tmp_path / "m.onnx", x)
+    made, operators = written(deployed, tmp_path / "m.onnx", x, form="auto")
     assert operators["QLinearConv"] == 1
     with torch.no_grad():
         expected = deployed(x)
@@ -257,7 +256,7 @@ def integer_products(deployed: nn.Module, steps: int = 1) -> int:
     return count
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_dynamic", "w4a16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
 def test_a_transformer_encoder_runs_on_integers(recipe: str, tmp_path: Path) -> None:
     x = torch.randint(0, 50, (6, 7))
     deployed = deploy(Encoder(), recipe, x)
@@ -299,18 +298,6 @@ def test_dynamic_ranges_fuse_where_the_recipe_was_fitted(tmp_path: Path) -> None
     made, operators = written(per_token, tmp_path / "any.onnx", x)
     with torch.no_grad():
         np.testing.assert_array_equal(outputs(made, x)[0], per_token(x).numpy())
-
-
-def test_the_integer_form_is_the_expression_of_training(trained: nn.Module, digits: Any, tmp_path: Path) -> None:
-    x = digits[0][:100]
-    deployed = deploy(copy.deepcopy(trained), targets.default_recipe("onnxruntime"), x)
-    made, operators = written(deployed, tmp_path / "m.onnx", x[:4], form="integer")
-    assert operators["ConvInteger"] == 9
-    watching, _ = session(tmp_path / "m.onnx", codes=True)
-    with torch.no_grad():
-        deployed(x)
-    for ours, theirs in zip(codes_of(deployed, x), outputs(watching, x)[1:], strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -386,8 +373,8 @@ def test_refusals_name_what_they_are_about_and_leave_nothing(tmp_path: Path) -> 
         tiny[0].weight[3] = 1e-12                               # type: ignore[index]
         tiny[0].bias[3] = 1.0                                   # type: ignore[index]
     with pytest.raises(OverflowBoundError, match="0: the bias 1 of channel 3"):
-        qat.export(deploy(tiny, "w8a8", x), path, format="onnx", example_inputs=x)
-    qat.export(deploy(tiny, "w8a8", x), tmp_path / "integer.onnx", format="onnx", example_inputs=x, form="integer")
+        qat.export(deploy(tiny, "w8a8", x), path, format="onnx", example_inputs=x, form="auto")
+    qat.export(deploy(tiny, "w8a8", x), tmp_path / "integer.onnx", format="onnx", example_inputs=x)
     deployed = deploy(model, "w8a8", x)
     for options, text in (({"target": "tensorflow"}, "tensor"), ({"form": "qqdq"}, "did you mean 'qdq'"),
                           ({"example_inputs": None}, "example_inputs")):
@@ -416,7 +403,7 @@ class Branches(nn.Module):
 def test_functions_of_activations(tmp_path: Path) -> None:
     x = torch.randn(5, 4, 12)
     deployed = deploy(Branches(), targets.default_recipe("onnxruntime"), x)
-    made, operators = written(deployed, tmp_path / "m.onnx", x)
+    made, operators = written(deployed, tmp_path / "m.onnx", x, form="auto")
     assert not FLOAT_PRODUCTS & set(operators)
     assert operators["QLinearAdd"] == operators["QLinearConcat"] == 1
     with torch.no_grad():
