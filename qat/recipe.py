@@ -247,8 +247,8 @@ class Recipe:
         """The preset called ``name``.
 
         Args:
-            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``; ``weight`` and ``input``: dicts that change
-                single keys of the specs of the preset's general rule; ``rules``: rules put in front of the preset's.
+            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``; ``weight`` and ``input``: dicts that
+                change single keys of the specs of the preset's general rule; ``rules``: rules put in front of the preset's.
         """
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")

@@ -18,8 +18,6 @@ from qat.recipe import Recipe, Rule
 
 AFFINE = tuple(n for n, f in FORMATS.items() if f.grid == "affine")
 SIGNED = tuple(n for n in AFFINE if FORMATS[n].signed)
-LEVELS = tuple(n for n in FORMATS if n != "binary" or FORMATS[n].signed)
-"""Formats whose levels an int8 holds: all of them."""
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 
 
@@ -94,7 +92,8 @@ TARGETS: dict[str, Target] = {t.name: t for t in [
     Target("tensorrt", "TensorRT, explicit quantization: zero points 0, int8, int4 weight-only in blocks",
            weights=_INT8, weight_only=("int4",), weight_only_granularities=("per_group",), group_sizes=(128, 64),
            activations=_INT8, symmetric_activations=True, absorbs=False, quantized_operands=("Add",),
-           operators=("Linear", *CONVOLUTIONS, "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "MatMul", "Add"),
+           operators=("Linear", *CONVOLUTIONS, "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "MatMul",
+                      "Add"),
            bias="float32", form="qdq", explicit=True, positive_scales=True),
     Target("onnxruntime", "onnxruntime on CPUs", weights=tuple(FORMATS), symmetric_weights=False, fuses=_FUSED,
            dynamic=("per_tensor",)),
@@ -121,7 +120,8 @@ def get(name: str | Target) -> Target:
     if isinstance(name, Target):
         return name
     if name not in TARGETS:
-        raise UnsupportedError(f"unknown target {name!r}{nearest(str(name), TARGETS)}; targets are {', '.join(TARGETS)}")
+        raise UnsupportedError(f"unknown target {name!r}{nearest(str(name), TARGETS)}; targets are "
+                               f"{', '.join(TARGETS)}")
     return TARGETS[name]
 
 
@@ -193,7 +193,8 @@ class _Fitting:
         chained = replace(given, learned=None if given.learned == "rsign" else given.learned)
         if rule.type is not None:
             return [replace(fitted, output=chained)]
-        return [*(replace(fitted, type=k, output=chained, optional=True) for k in kinds), replace(fitted, optional=True)]
+        return [*(replace(fitted, type=k, output=chained, optional=True) for k in kinds),
+                replace(fitted, optional=True)]
 
     def functions(self, rules: Iterable[Rule]) -> list[Rule]:
         """Rules for sums and concatenations, where the target wants their scales and no rule has named them."""
@@ -207,7 +208,8 @@ class _Fitting:
                 continue
             if kind in self.target.fuses:
                 rule = Rule(type=kind, input=spec, output=spec, optional=True)
-                self.say(rule, f"input and output: {spec.format}", f"{self.target.name} fuses a {kind} with scales only")
+                self.say(rule, f"input and output: {spec.format}",
+                         f"{self.target.name} fuses a {kind} with scales only")
             elif kind in self.target.quantized_operands:
                 rule = Rule(type=kind, input=spec, optional=True)
                 self.say(rule, f"input: {spec.format}", f"{self.target.name} wants both operands on a grid")

@@ -4,7 +4,7 @@ Two steps. The deployed model is run once under ``torch.export`` with its arithm
 product, dequantize: everything that composites do between their products is followed, loops over time included). Then
 each of these opaque nodes is written out, with what surrounds it in view:
 
-    qdq        DequantizeLinear -> Conv | Gemm | MatMul -> QuantizeLinear: what runtimes fuse into one integer kernel. The
+    qdq        DequantizeLinear -> Conv | Gemm | MatMul -> QuantizeLinear: what runtimes fuse into one kernel. The
                bias is an int32 initializer at scale_x * scale_w, or float where the target wants that. The int32 bias
                is rounded, so about one code in a hundred or thousand is another one than in training
     integer    ConvInteger | MatMulInteger -> Cast -> Mul -> Add: ``float32(acc) * multiplier + bias``, the expression
@@ -213,7 +213,8 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid, offset:
     return _placed(x, scale, zero_point, grid)
 
 
-def _quantize_unsigned(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid, offset: Any = None) -> QuantizedTensor:
+def _quantize_unsigned(x: Tensor, scale: Tensor, zero_point: Any, grid: ste.Grid,
+                       offset: Any = None) -> QuantizedTensor:
     """int8 codes as uint8, 128 higher: the same levels, in the type that kernels take on either side of a ReLU."""
     spec = grid.spec
     if spec.format == "int8" and spec.granularity == "per_tensor" and not isinstance(zero_point, Tensor):
@@ -294,7 +295,8 @@ def _opaque(unsigned: bool) -> Iterator[None]:
         unsigned: whether int8 codes of activations become uint8.
     """
     replaced: list[tuple[Any, str, Any]] = [
-        (ste, "quantize", _quantize_unsigned if unsigned else _quantize), (ste, "product", _product), (ste, "matmul", _matmul),
+        (ste, "quantize", _quantize_unsigned if unsigned else _quantize),
+        (ste, "product", _product), (ste, "matmul", _matmul),
         (affine, "quantize", _quantize_raw), (weight_only, "product", _float_product),
         (QuantizedTensor, "dequantize", _dequantize), (QuantizedEmbedding, "forward", _embed),
         (DynamicQuantizer, "quantize", _dynamically), (QuantizedModule, "quantized_weight", lambda self: _Weight(self)),
@@ -317,7 +319,7 @@ class _Integers:
     channel that holds the lowest code, which has no mirror image, the negative scale stays.
 
     Attributes:
-        codes: int8 or uint8. ``scale``: float32, () or (out,) or (out, groups). ``zero_point``: like ``scale``, or None.
+        codes: int8 or uint8. ``scale``: float32, () or (out,) or (out, groups). ``zero_point``: likewise, or None.
         group: inputs that share a scale, or None.
         bits: 4 or 8, the narrowest that ONNX has for them.
     """
@@ -406,7 +408,8 @@ class _Lowering:
             scale = node.inputs[1] if len(node.inputs) > 1 else None
             known = None if scale is None else _constant(scale)
             key = (node.op_type, node.inputs[0], scale if known is None else known.tobytes(),
-                   *(_key(v) for v in node.inputs[2:]), *(sorted((k, str(a.value)) for k, a in node.attributes.items())))
+                   *(_key(v) for v in node.inputs[2:]),
+                   *sorted((k, str(a.value)) for k, a in node.attributes.items()))
             first = seen.setdefault(key, node)
             if first is not node:
                 ir.convenience.replace_all_uses_with(list(node.outputs), list(first.outputs))
@@ -622,9 +625,9 @@ class _Lowering:
 
     def _check_signs(self, scale: np.ndarray) -> None:
         if self.target.positive_scales and (scale < 0).any():
-            raise self._refuse(f"a folded batch norm makes {int((scale < 0).sum())} scales negative, and their channels "
-                               f"hold the lowest code, which has no mirror image; {self.target.name} wants positive "
-                               "scales", "keep this layer's batch norm unfolded, or train its gains positive")
+            raise self._refuse(f"a folded batch norm makes {int((scale < 0).sum())} scales negative, and their "
+                               f"channels hold the lowest code, which has no mirror image; {self.target.name} wants "
+                               "positive scales", "keep this layer's batch norm unfolded, or train its gains positive")
 
     def _weight_point(self, weight: _Integers) -> ir.Value:
         points = np.zeros(weight.scale.shape, weight.codes.dtype) if weight.zero_point is None else weight.zero_point
@@ -648,7 +651,8 @@ class _Lowering:
             raise OverflowBoundError(
                 f"{self.layer}: the bias {bias[worst]:g} of channel {worst} is {codes[worst]:.3g} steps of "
                 f"scale_x * scale_w = {grid[worst]:.3g}, which int32 cannot hold; widen the scale of that channel's "
-                "weights (per_tensor, or clip the batch norm's gain), or export with form='integer', whose bias is float")
+                "weights (per_tensor, or clip the batch norm's gain), or export with form='integer', whose bias is "
+                "float")
         scale = self._const(grid if worth.ndim else np.float32(step * worth), f"{self.layer}.bias_scale")
         values = self._const(codes.astype(np.int32), f"{self.layer}.bias_codes")
         point = self._const(np.zeros(scale.shape.numpy() if scale.shape else (), np.int32), "zero_points_int32")
@@ -668,7 +672,8 @@ class _Lowering:
             return y
         lead = list(codes.shape[:-1])
         if sum(not isinstance(d, int) for d in lead) <= 1:
-            shape = self._const(np.array([d if isinstance(d, int) else -1 for d in lead] + [outputs], np.int64), "shape")
+            sizes = [d if isinstance(d, int) else -1 for d in lead]
+            shape = self._const(np.array([*sizes, outputs], np.int64), "shape")
         else:
             front = self._op("Shape", codes, start=0, end=-1)
             shape = self._op("Concat", front, self._const(np.array([outputs], np.int64), "shape"), axis=0)
@@ -719,7 +724,7 @@ class _Lowering:
             raise self._refuse("inputs with a zero point for each row cannot meet weights with zero points",
                                "use symmetric: true for one of them")
         point = None if rows or spec.fmt.grid != "affine" else self._point(prefix, moving, dtype)
-        w_point = None if weight.zero_point is None else self._const(weight.zero_point, f"{self.layer}.weight_zero_point")
+        w_point = None if weight.zero_point is None else self._weight_point(weight)
         acc = self._op("MatMulInteger", codes, matrix, point, w_point)
         if rows:        # sum (x - z) w = sum x w - z sum w
             sums = self._const(weight.codes.astype(np.int32).sum(1), f"{self.layer}.weight_sums")
@@ -741,10 +746,9 @@ class _Lowering:
         point = self._point("", moving, dtype) if spec.fmt.grid == "affine" else None
         acc = self._op("Cast", self._op("MatMulInteger", split, matrix, point), to=ir.DataType.FLOAT)
         step = self._const(weight.scale.T[:, None, :], f"{self.layer}.weight_scale")
-        total = self._op("ReduceSum", self._op("Mul", acc, step), self._const(np.array([0], np.int64), "axes"), keepdims=0)
-        opaque = self.node
+        first = self._const(np.array([0], np.int64), "axes")
+        total = self._op("ReduceSum", self._op("Mul", acc, step), first, keepdims=0)
         total = self._reshaped_like(total, codes, out)
-        self.node = opaque
         y = self._op("Mul", total, self._worth(scale, spec))
         return y if bias is None else self._op("Add", y, self._const(bias, f"{self.layer}.bias"))
 
@@ -872,7 +876,8 @@ class _Lowering:
                 block: int | None = None) -> ir.Value:
         self._check_signs(scale)
         kind = _ONNX_TYPES[weight.signed, weight.bits]
-        inputs = [self._const(codes, f"{self.layer}.weight_codes", kind), self._const(scale, f"{self.layer}.weight_scale")]
+        inputs = [self._const(codes, f"{self.layer}.weight_codes", kind),
+                  self._const(scale, f"{self.layer}.weight_scale")]
         if point is not None:
             inputs.append(self._const(point, f"{self.layer}.weight_zero_point", kind))
         place = {"axis": axis} if scale.ndim else {}

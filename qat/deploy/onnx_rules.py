@@ -76,7 +76,8 @@ def _grid(node: Any, constants: dict[str, Any], readers: dict[str, list[Any]]) -
         for reader in readers.get(node.output[0], []):
             wanted = PRODUCTS.get(reader.op_type)
             if wanted is not None and axis % len(stored.dims) != wanted:
-                found.append(f"its scales lie along axis {axis}, the output channels of {reader.op_type} along {wanted}")
+                found.append(f"its scales lie along axis {axis}, the output channels of {reader.op_type} along axis "
+                             f"{wanted}")
     if stored.data_type == FOUR and (scale.ndim != 2 or not _attribute(node, "block_size", 0)):
         found.append("int4 weights are blocked, of two dimensions")
     return found
@@ -122,5 +123,5 @@ def check_explicit_quantization(model: onnx.ModelProto, target: str) -> None:
     """
     found = broken_rules(model)
     if found:
-        raise UnsupportedError(f"{target}: {'; '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}"
-                               f"; begin with qat.targets.default_recipe({target!r})")
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UnsupportedError(f"{target}: {'; '.join(found[:5])}{more}; begin with qat.targets.default_recipe({target!r})")

@@ -130,7 +130,7 @@ def test_codes_and_predictions_of_a_trained_network(trained: nn.Module, digits: 
     chosen = recipe if recipe == "w8a8" else targets.default_recipe(recipe)
     deployed = deploy(copy.deepcopy(trained), chosen, x[:256])
     path = tmp_path / "m.onnx"
-    made, operators = written(deployed, path, x[:8], target="onnxruntime")
+    _, operators = written(deployed, path, x[:8], target="onnxruntime")
     assert not FLOAT_PRODUCTS & set(operators)
     assert sum(n for k, n in operators.items() if k in INTEGER_KERNELS) == 10
     fast, operators = written(deployed, tmp_path / "fast.onnx", x[:8], target="onnxruntime", form="auto")
