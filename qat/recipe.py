@@ -248,7 +248,8 @@ class Recipe:
 
         Args:
             overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``; ``weight`` and ``input``: dicts that
-                change single keys of the specs of the preset's general rule; ``rules``: rules put in front of the preset's.
+                change single keys of the specs of the preset's general rule; ``rules``: rules put in front of the
+                preset's.
         """
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")

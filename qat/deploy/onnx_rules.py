@@ -124,4 +124,5 @@ def check_explicit_quantization(model: onnx.ModelProto, target: str) -> None:
     found = broken_rules(model)
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise UnsupportedError(f"{target}: {'; '.join(found[:5])}{more}; begin with qat.targets.default_recipe({target!r})")
+        raise UnsupportedError(f"{target}: {'; '.join(found[:5])}{more}; begin with "
+                               f"qat.targets.default_recipe({target!r})")

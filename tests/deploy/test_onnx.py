@@ -177,7 +177,8 @@ def test_every_layer_type_runs_on_integers(name: str, tmp_path: Path) -> None:
     ({"format": "int4", "granularity": "per_group", "group_size": 16}, {"format": "int8"}, 8),
 ])
 def test_initializers_are_the_weights(weight: dict[str, Any], given: Any, bits: int, tmp_path: Path) -> None:
-    model, x, path = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 24)), torch.randn(9, 64), tmp_path / "m.onnx"
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 24))
+    x, path = torch.randn(9, 64), tmp_path / "m.onnx"
     deployed = deploy(model, zoo.every_layer(weight, given), x)
     made, operators = written(deployed, path, x)
     kinds = {t.name: t.data_type for t in onnx.load(path).graph.initializer}
@@ -293,7 +294,7 @@ def test_dynamic_ranges_fuse_where_the_recipe_was_fitted(tmp_path: Path) -> None
     made, operators = written(deploy(model, recipe, x), tmp_path / "m.onnx", x, target="onnxruntime")
     assert operators["DynamicQuantizeMatMul"] + operators["MatMulIntegerToFloat"] == 2
     per_token = deploy(model, "w8a8_dynamic", x)
-    with pytest.raises(UnsupportedError, match="0: its input .*per_token.* does not run on onnxruntime.*adjust"):
+    with pytest.raises(UnsupportedError, match=r"0: its input .*per_token.* does not run on onnxruntime.*adjust"):
         qat.export(per_token, tmp_path / "no.onnx", format="onnx", example_inputs=x, target="onnxruntime")
     made, operators = written(per_token, tmp_path / "any.onnx", x)
     with torch.no_grad():
@@ -324,7 +325,7 @@ def test_tensorrt_files_follow_the_rules_of_explicit_quantization(trained: nn.Mo
     with torch.no_grad():
         expected = deployed(x)
     np.testing.assert_allclose(outputs(made, x)[0], expected.numpy(), atol=0.01 * float(expected.abs().max()))
-    with pytest.raises(UnsupportedError, match="does not run on tensorrt|tensorrt"):
+    with pytest.raises(UnsupportedError, match="tensorrt"):
         qat.export(deploy(copy.deepcopy(trained), "w8a8", x), tmp_path / "no.onnx", format="onnx", example_inputs=x,
                    target="tensorrt")
     assert not (tmp_path / "no.onnx").exists()
