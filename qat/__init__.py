@@ -10,7 +10,7 @@
 
 from typing import Any
 
-from qat import errors
+from qat import errors, targets
 from qat.calibration import (
     calibrate,
     freeze_batch_norm,
@@ -32,7 +32,7 @@ from qat.compression import (
     prune_channels,
     sparsity,
 )
-from qat.deploy import Certificate, convert, load, resident_bytes, save, stream, without_weights
+from qat.deploy import Certificate, convert, export, load, resident_bytes, save, stream, without_weights
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat, MatMul
 from qat.numerics.formats import TensorSpec
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
            "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec",
-           "adapter_state", "add_adapters", "calibrate", "convert", "coverage", "errors", "freeze_batch_norm",
+           "adapter_state", "add_adapters", "calibrate", "convert", "coverage", "errors", "export", "freeze_batch_norm",
            "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune",
            "prune_channels", "reestimate_batch_norm", "resident_bytes", "save", "set_observing", "set_rung",
-           "sparsity", "stream", "without_weights"]
+           "sparsity", "stream", "targets", "without_weights"]

@@ -139,7 +139,8 @@ class Planner:
         if self.trace is not None:
             self.fold_batch_norms()
             self.chain()
-            self.absorb()
+            if self.recipe.absorb:
+                self.absorb()
         return self.result
 
     # ------------------------------------------------------------------ rules
@@ -601,8 +602,8 @@ class Planner:
                 tail = self.calls(plan.batch_norm)[0]
             readers = self.readers(tail.outputs[0])
             follower = readers[0].module if len(readers) == 1 and readers[0] is not None else None
-            if (follower and (clamp := clamp_of(self.modules[follower])) and plan.output.fmt.has_zero
-                    and len(self.calls(follower)) == 1 and self.quiet(follower)):
+            if (follower and self.recipe.absorb and (clamp := clamp_of(self.modules[follower]))
+                    and plan.output.fmt.has_zero and len(self.calls(follower)) == 1 and self.quiet(follower)):
                 plan.output_absorbs, plan.output = clamp, unsigned(plan.output)
                 self.result.absorbed.append(follower)
                 tail = self.calls(follower)[0]

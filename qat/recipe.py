@@ -176,6 +176,7 @@ class Recipe:
             ``same``: no exception.
         calibration: algorithms that ``calibrate`` runs beside the ranges, see :data:`CALIBRATIONS`: names, or
             ``{name: {option: value}}``. They run in the order of that table, whatever the order here.
+        absorb: whether ReLUs in front of quantizers become part of them, whose codes are unsigned then.
         name: the preset's name, for reports.
     """
 
@@ -183,11 +184,14 @@ class Recipe:
     backward_dtype: str = "auto"
     edges: str = "same"
     calibration: tuple[Algorithm, ...] = ()
+    absorb: bool = True
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "calibration", algorithms(self.calibration))
+        if not isinstance(self.absorb, bool):
+            raise RecipeError(f"absorb: is true or false, not {self.absorb!r}")
         for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES),
                                   ("edges", self.edges, EDGES)):
             if value not in known:
@@ -199,6 +203,8 @@ class Recipe:
         result: dict[str, Any] = {"backward_dtype": self.backward_dtype, "edges": self.edges}
         if self.name:
             result = {"name": self.name, **result}
+        if not self.absorb:
+            result["absorb"] = False
         result["rules"] = [rule.to_dict() for rule in self.rules]
         if self.calibration:
             result["calibration"] = [a.to_dict() for a in self.calibration]
@@ -216,11 +222,12 @@ class Recipe:
         if "preset" in data:
             overrides = {k: v for k, v in data.items() if k != "preset"}
             return cls.preset(str(data["preset"]), **overrides)
-        _check_keys("a recipe", data, ("name", "backward_dtype", "edges", "rules", "calibration"))
+        _check_keys("a recipe", data, ("name", "backward_dtype", "edges", "rules", "calibration", "absorb"))
         rules = data.get("rules") or ()
         if not isinstance(rules, list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
-        values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges") if data.get(k) is not None}
+        values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges", "absorb")
+                                  if data.get(k) is not None}
         return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
                    calibration=algorithms(data.get("calibration") or ()), **values)
 
@@ -247,13 +254,14 @@ class Recipe:
         """The preset called ``name``.
 
         Args:
-            overrides: ``backward_dtype``, ``edges``, ``calibration``; ``weight`` and ``input``: dicts that change
-                single keys of the specs of the preset's general rule; ``rules``: rules put in front of the preset's.
+            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``; ``weight`` and ``input``: dicts that
+                change single keys of the specs of the preset's general rule; ``rules``: rules put in front of the
+                preset's.
         """
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")
         _check_keys(f"overrides of preset {name}", overrides,
-                    ("name", "backward_dtype", "edges", "calibration", "weight", "input", "rules"))
+                    ("name", "backward_dtype", "edges", "calibration", "absorb", "weight", "input", "rules"))
         data = {"name": name, **PRESETS[name]}
         rules = [dict(rule) for rule in data["rules"]]
         for key in ("weight", "input"):
@@ -269,7 +277,7 @@ class Recipe:
         if not isinstance(overrides.get("rules") or [], list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(overrides['rules']).__name__}")
         data["rules"] = [*(overrides.get("rules") or []), *rules]
-        data |= {k: v for k, v in overrides.items() if k in ("name", "backward_dtype", "edges", "calibration")
+        data |= {k: v for k, v in overrides.items() if k in ("name", "backward_dtype", "edges", "calibration", "absorb")
                  and v is not None}
         return cls.from_dict(data)
 

@@ -17,6 +17,7 @@ from qat.rewriter import is_prepared, quantized_modules
 FORMATS: dict[str, tuple[str, str | None]] = {
     "compressed-tensors": ("qat.deploy.compressed_tensors", "llm"),
     "gguf": ("qat.deploy.gguf", "gguf"),
+    "onnx": ("qat.deploy.onnx", "onnx"),
     "torch-export": ("qat.deploy.torch_export", None),
 }
 """Format -> module with a function ``write(deployed, path, example_inputs, target, **options)``, and the extra that it
