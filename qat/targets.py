@@ -319,8 +319,8 @@ def check(target: str | Target, layer: str, kind: str, weight: TensorSpec | None
                                "it a rule with keep: float32")
     if kind == "Embedding":
         return
-    specs: dict[str, Any] = {k: v for k, v in (("weight", weight), ("input", given), ("output", output)) if v is not None}
-    for role, spec in specs.items():
+    specs: dict[str, Any] = {"weight": weight, "input": given, "output": output}
+    for role, spec in ((k, v) for k, v in specs.items() if v is not None):
         fitting = _Fitting(aim)
         rule = Rule(name=layer, **{role: spec})
         try:

@@ -573,9 +573,10 @@ class _Lowering:
         if len(uses) != 1 or result in self.graph.outputs:
             return False
         reader = uses[0].node
+        if reader.domain != DOMAIN or reader.op_type != "Quantize":
+            return False
         scale = reader.inputs[1]
-        return (reader.domain == DOMAIN and reader.op_type == "Quantize" and scale is not None and self._one_scale(scale)
-                and _constant(scale) is not None
+        return (scale is not None and self._one_scale(scale) and _constant(scale) is not None
                 and get_format(reader.attributes["format"].value).grid == "affine")
 
     def _Product(self) -> list[ir.Value]:
