@@ -54,7 +54,8 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
                                f"is {TARGETS[0]}")
     program = program_of(deployed, example_inputs, dynamic_shapes)
     with new_file(path) as temporary:
-        made = temporary.with_name("model.pt2")     # entries begin with the name
+        made = temporary.parent / "draft" / "model.pt2"     # entries begin with the name
+        made.parent.mkdir()
         torch.export.save(program, made)
         _without_number(made, temporary)
 

@@ -37,8 +37,8 @@ CASES = [("mlp", "w8a8"), ("mlp", "w4a16"), ("mlp", "w158a8"), ("conv", "w8a8"),
 def test_loaded_program_computes_the_same(tmp_path: Path, name: str, recipe: str) -> None:
     x, other = zoo.inputs(name, 20), zoo.inputs(name, 33)
     deployed = deployed_model(zoo.build(name), recipe, x)
-    export(deployed, tmp_path / "m.pt2", "torch-export", example_inputs=x)
-    program = torch.export.load(tmp_path / "m.pt2")
+    export(deployed, tmp_path / "model.pt2", "torch-export", example_inputs=x)
+    program = torch.export.load(tmp_path / "model.pt2")
     assert_integers_alone(program, deployed)
     run = program.module()
     with torch.no_grad():
@@ -52,8 +52,8 @@ def test_language_model(tmp_path: Path) -> None:
         zoo.language_model_folder(tmp_path / "float", tie_word_embeddings=True, num_hidden_layers=1)).eval()
     batch = {"input_ids": torch.randint(0, 300, (3, 7)), "use_cache": False}
     deployed = deployed_model(model, "w8a8", batch)
-    export(deployed, tmp_path / "m.pt2", "torch-export", example_inputs=batch)
-    program = torch.export.load(tmp_path / "m.pt2")
+    export(deployed, tmp_path / "model.pt2", "torch-export", example_inputs=batch)
+    program = torch.export.load(tmp_path / "model.pt2")
     assert_integers_alone(program, deployed)
     tokens = torch.randint(0, 300, (5, 7))
     with torch.no_grad():
@@ -88,11 +88,11 @@ def test_what_cannot_be_followed_is_an_error_and_no_file(tmp_path: Path) -> None
     x = torch.randn(3, 4)
     deployed = deployed_model(Choosing(), {"rules": [{"match": {"type": "Linear"}, "weight": "int8"}]}, x)
     with pytest.raises(UnsupportedError, match="cannot follow Choosing"):
-        export(deployed, tmp_path / "m.pt2", "torch-export", example_inputs=x)
+        export(deployed, tmp_path / "model.pt2", "torch-export", example_inputs=x)
     with pytest.raises(UnsupportedError, match="example_inputs"):
-        export(deployed, tmp_path / "m.pt2", "torch-export")
+        export(deployed, tmp_path / "model.pt2", "torch-export")
     with pytest.raises(UnsupportedError, match="target"):
-        export(deployed, tmp_path / "m.pt2", "torch-export", example_inputs=x, target="tensorrt")
+        export(deployed, tmp_path / "model.pt2", "torch-export", example_inputs=x, target="tensorrt")
     with pytest.raises(CheckpointError, match="folder"):
         export(deployed_model(zoo.mlp(), "w8a16", torch.randn(2, 12)), tmp_path, "torch-export",
                example_inputs=torch.randn(2, 12))
