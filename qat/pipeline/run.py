@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -59,6 +60,7 @@ from qat.pipeline.evaluation import (
 from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
 from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
+from qat.rewriter import Row
 from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
 from qat.training.data import ResumableData, stream_seed
@@ -210,7 +212,10 @@ class Run:
             certificate = stream(network, self.pretrained, self.folder / "deployed", self.recipe, self._example,
                                  batches, lambda _, done, of: bar.update(task, completed=done, total=of))
         manifest = read_manifest(self.folder / "deployed")
-        self._describe(certificate, manifest["coverage"])
+        coverage = manifest["coverage"]
+        columns = [field.name for field in dataclasses.fields(Row)]         # the manifest has them by the alphabet
+        rows = [{name: row[name] for name in columns} for row in coverage["rows"]]
+        self._describe(certificate, {"rows": rows, **{k: v for k, v in coverage.items() if k != "rows"}})
         return {"units": len(manifest["files"]), "batches": len(batches), "equal": certificate.equal}
 
     def _describe(self, certificate: qat.Certificate, coverage: Mapping[str, Any]) -> None:

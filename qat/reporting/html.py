@@ -76,7 +76,7 @@ def report(
     return page(
         title,
         f"<p class='soft'>{results.examples} test examples. "
-        f"Latency is the median of one batch of {results.batch_size}."
+        f"{results.timing().capitalize()}"
         + ("" if results.higher_is_better else f" {html.escape(results.title().capitalize())}: lower is better.")
         + "</p>"
         f"<h2>Results</h2>{table_of(headers, rows, 'results')}"

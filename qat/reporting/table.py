@@ -94,6 +94,12 @@ class Results:
             f"on {self.examples} test examples."
         )
 
+    def timing(self) -> str:
+        """What the times in the table are."""
+        if self.tokens is None:
+            return f"latency: median of one batch of {self.batch_size}, models alternating."
+        return f"prefill, decode: tokens/s, {self.tokens} at once and one by one; medians, models alternating."
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers and rows as text, for the terminal and the HTML report."""
         whole = next((row.bytes for row in self.rows if row.model == "float"), None)
@@ -132,8 +138,7 @@ class Results:
             + ("bytes: the weights file.\n" if self.tokens is None else "disk: the weights files.\n")
             + ("KL: divergence from the float model's predictions, in nats.\n"
                if any(row.divergence is not None for row in self.rows) else "")
-            + (f"latency: median of one batch of {self.batch_size}, models alternating.\n" if self.tokens is None else
-               f"prefill, decode: tokens/s, {self.tokens} at once and one by one; medians, models alternating.\n")
+            + f"{self.timing()}\n"
             + ("" if self.higher_is_better else f"{self.title()}: lower is better.\n")
         )
         caption.append(self.parity(), style={True: "bold green", False: "bold red", None: ""}[self.bit_equal])
