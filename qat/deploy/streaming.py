@@ -182,6 +182,12 @@ class Floats:
                 module._parameters[key] = nn.Parameter(value, requires_grad=own.requires_grad)
 
 
+def missing(model: nn.Module, source: str | os.PathLike[str]) -> list[str]:
+    """The parameters of ``model`` that a folder of safetensors files does not hold, by the names of its state dict."""
+    floats = Floats(model, TensorFolder(source))
+    return [names[0] for names in floats.names.values() if not any(name in floats.source for name in names)]
+
+
 def read_weights(model: nn.Module, source: str | os.PathLike[str]) -> nn.Module:
     """Give ``model`` the weights in a folder of safetensors files, in place; ties stay.
 
@@ -442,26 +448,6 @@ class _Stream:
         with torch.no_grad(), evaluating(part):
             return outputs(call(part, arrivals[0]))
 
-    def _compare(self, unit: str, codes: Mapping[str, Tensor], before: list[Tensor], after: list[Tensor]) -> None:
-        """Have the certificate say what this unit is.
-
-        Raises:
-            ParityError: it is another one than before it was frozen.
-        """
-        for name, module in quantized_modules(self.units[unit]).items():
-            if module.plan.weight is not None:
-                wrong = int((module.quantized_weight().codes.int() - codes[name].int()).abs().max()) if codes[
-                    name].numel() else 0
-                self.certificate.layers[_joined(unit, name)] = {"weight_codes": wrong}
-        same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
-        worst = max((r["weight_codes"] for r in self.certificate.layers.values()), default=0)
-        if not same or worst:
-            raise ParityError(f"the deployed {unit} differs from the prepared one: greatest code difference {worst}")
-        self.certificate.sparsity.update({_joined(unit, n): s for n, s in sparsity(self.units[unit]).items()})
-        if before:
-            self.certificate.batches = 1
-            self.certificate.samples = max(self.certificate.samples, before[0].shape[0] if before[0].dim() else 1)
-
     # ------------------------------------------------------------------ weights in, codes out
 
     def _read_floats(self, unit: str) -> None:
@@ -623,13 +609,15 @@ class _Stream:
 
 def _stand_in(parameter: Tensor) -> nn.Parameter:
     """Something in the shape of a parameter, that costs next to no memory: a few random numbers, shifted by one from
-    row to row; ones for vectors."""
+    row to row (in stacks of matrices, whose kernels mind their strides, from matrix to matrix); ones for vectors."""
     shape = parameter.shape
     if len(shape) < 2:
         values = torch.ones(shape, dtype=parameter.dtype)
     else:
-        noise = torch.randn(sum(shape), generator=torch.Generator().manual_seed(0)) / parameter[0].numel() ** 0.5
-        values = noise.to(parameter.dtype).as_strided(shape, (1,) * len(shape))
+        strides = (1, 1) if len(shape) == 2 else (*(1 for _ in shape[:-2]), shape[-1], 1)
+        count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+        noise = torch.randn(count, generator=torch.Generator().manual_seed(0)) / parameter[0].numel() ** 0.5
+        values = noise.to(parameter.dtype).as_strided(shape, strides)
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 

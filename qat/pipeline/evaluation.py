@@ -34,6 +34,12 @@ def weights_file(folder: Path, model: str) -> Path:
     return folder / "deployed" if model == "deployed" else folder / model / "weights.safetensors"
 
 
+def float_source(config: Mapping[str, Any], folder: Path) -> Path:
+    """The folder of a pretrained model's weights by the network's own names: its own, or one in the run folder."""
+    renamed = folder / "renamed"
+    return renamed if renamed.is_dir() else Path(config["pretrained"])
+
+
 def stored_bytes(path: Path) -> int:
     """Bytes of a file of weights, or of all those in a folder."""
     return sum(p.stat().st_size for p in (path.glob("*.safetensors") if path.is_dir() else [path]))
@@ -71,7 +77,7 @@ def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inpu
     if config.get("pretrained") and model == "float":
         with without_weights():
             network: nn.Module = build(config["model"], "model")
-        return read_weights(network, config["pretrained"]).eval()
+        return read_weights(network, float_source(config, folder)).eval()
     network = build(config["model"], "model")
     if model == "deployed":
         return qat.load(folder / "deployed", network).eval()

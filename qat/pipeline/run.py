@@ -45,12 +45,13 @@ import qat
 from qat.compression.channels import pruned_shapes
 from qat.compression.pruning import Pruning, attach
 from qat.deploy.checkpoint import read_manifest
-from qat.deploy.streaming import stream, visiting, without_weights
+from qat.deploy.streaming import missing, stream, visiting, without_weights
 from qat.errors import ConfigError
 from qat.pipeline.evaluation import (
     channel_shapes,
     first_example,
     fits_in_memory,
+    float_source,
     load_model,
     measure,
     move,
@@ -66,6 +67,7 @@ from qat.training.build import build, check_arguments
 from qat.training.data import ResumableData, stream_seed
 from qat.training.ladder import phases
 from qat.training.module import QuantizedTraining, call_network, shapes
+from qat.training.pretrained import rename_weights
 from qat.training.pruning import PruningSchedule
 
 
@@ -160,8 +162,13 @@ class Run:
         """
         if "ptq" in self.stages and not (self.folder / "stages" / "ptq.json").exists():
             # A recipe that does not fit the network is an error now, and not after an hour of float training.
-            network = load_model(self.config, self.folder, "float", None) if self.pretrained else build(
-                self.config["model"], "model")
+            if self.pretrained:
+                with without_weights():
+                    network = build(self.config["model"], "model")
+                self._rename(network)
+                network = load_model(self.config, self.folder, "float", None)
+            else:
+                network = build(self.config["model"], "model")
             _check_fit(network, self._example)
             prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
             if self.pruning.masks:
@@ -206,17 +213,24 @@ class Run:
             network = build(self.config["model"], "model")
         batches = list(self._inputs(self.schedule["calibration_batches"]))
         _check_vocabulary(network, batches)
+        self._rename(network)
         shown = self.console.is_terminal and not self.console.quiet
         with Progress(*Progress.get_default_columns(), console=self.console, transient=True, disable=not shown) as bar:
             task = bar.add_task("quantize", total=None)
-            certificate = stream(network, self.pretrained, self.folder / "deployed", self.recipe, self._example,
-                                 batches, lambda _, done, of: bar.update(task, completed=done, total=of))
+            certificate = stream(network, float_source(self.config, self.folder), self.folder / "deployed", self.recipe,
+                                 self._example, batches, lambda _, done, of: bar.update(task, completed=done, total=of))
         manifest = read_manifest(self.folder / "deployed")
         coverage = manifest["coverage"]
         columns = [field.name for field in dataclasses.fields(Row)]         # the manifest has them by the alphabet
         rows = [{name: row[name] for name in columns} for row in coverage["rows"]]
         self._describe(certificate, {"rows": rows, **{k: v for k, v in coverage.items() if k != "rows"}})
         return {"units": len(manifest["files"]), "batches": len(batches), "equal": certificate.equal}
+
+    def _rename(self, network: nn.Module) -> None:
+        """Have the float weights by the names that the network has for them."""
+        source = float_source(self.config, self.folder)
+        if hasattr(network, "from_pretrained") and missing(network, source):
+            rename_weights(network, source, self.folder / "renamed")
 
     def _describe(self, certificate: qat.Certificate, coverage: Mapping[str, Any]) -> None:
         """What the run folder says of the deployed model beside it."""
@@ -305,14 +319,15 @@ class Run:
                 if name == "float" and self.pretrained and not fits_in_memory(stored_bytes(self._weights(name))):
                     with without_weights():
                         network = build(self.config["model"], "model").eval()
-                    networks[name] = stack.enter_context(visiting(network, self.pretrained))
+                    networks[name] = stack.enter_context(visiting(network, float_source(self.config, self.folder)))
                 else:
                     networks[name] = self._load(name)
             return self.measure({name: (network, self._weights(name)) for name, network in networks.items()})
 
     def _weights(self, model: str) -> Path:
         """The file or folder of a model's weights."""
-        return Path(self.pretrained) if model == "float" and self.pretrained else weights_file(self.folder, model)
+        return (float_source(self.config, self.folder) if model == "float" and self.pretrained
+                else weights_file(self.folder, model))
 
     def measure(self, models: Mapping[str, tuple[nn.Module, Path]]) -> Results:
         """Measure models, each with the file or folder of its weights, on the test set of this run."""

@@ -5,11 +5,13 @@ Nothing is downloaded, and no code of a model's folder is run.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.errors import ConfigError, UnsupportedError
@@ -51,6 +53,36 @@ def causal_lm(path: str, dtype: str | None = None) -> nn.Module:
         raise ConfigError(f"model.path: {path}: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
     return model
+
+
+def rename_weights(network: nn.Module, source: Path, target: Path) -> None:
+    """Write the weights in ``source`` to the folder ``target`` by the names that ``network`` has for them.
+
+    Some models (mixtures of experts, mostly) have one parameter where their files have many; transformers knows how
+    they fit, and reads them whole for it.
+
+    Args:
+        network: a model of transformers, as :func:`causal_lm` makes it; it may be without weights.
+
+    Raises:
+        ConfigError: transformers cannot read them.
+    """
+    try:
+        loaded = type(network).from_pretrained(  # type: ignore[attr-defined]
+            source, config=network.config, dtype=next(network.parameters()).dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"pretrained: {source}: {str(error).strip().splitlines()[0]}") from error
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors, seen = {}, set()
+    for name, value in loaded.state_dict().items():
+        if (value.data_ptr(), value.shape) not in seen:
+            seen.add((value.data_ptr(), value.shape))
+            tensors[name] = value.contiguous()
+    for number, (name, value) in enumerate(tensors.items()):
+        save_file({name: value}, draft / f"{number:05}.safetensors")
+    draft.rename(target)
 
 
 def decoding(model: nn.Module, tokens: Tensor) -> Callable[[], Any] | None:

@@ -167,3 +167,18 @@ def test_tokens_are_those_of_the_tokenizer_with_an_end_after_each_document(model
 def test_a_causal_lm_has_the_dtype_of_its_config_or_the_one_asked_for(model):
     assert next(causal_lm(str(model)).parameters()).dtype == torch.float32
     assert next(causal_lm(str(model), "bfloat16").parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_a_mixture_of_experts_whose_file_names_are_not_its_own(mode, text, tmp_path):
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, num_local_experts=3, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    run = make(tmp_path / "run", f"experiment={mode}_causal_lm", f"model.path={tmp_path / 'model'}",
+               f"data.path={text}", "data.tokenizer=null", "recipe=w8a8_dynamic", "trainer.max_steps=2", "trainer.val_check_interval=1")
+    rows = {row.model: row for row in run.execute().rows}
+    assert rows["deployed"].bytes < 0.4 * rows["float"].bytes
+    assert rows["deployed"].score == pytest.approx(rows["float"].score, rel=0.05)
+    assert run.evaluate(["float"]).rows[0].score == rows["float"].score
