@@ -177,7 +177,8 @@ def test_a_mixture_of_experts_whose_file_names_are_not_its_own(mode, text, tmp_p
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     run = make(tmp_path / "run", f"experiment={mode}_causal_lm", f"model.path={tmp_path / 'model'}",
-               f"data.path={text}", "data.tokenizer=null", "recipe=w8a8_dynamic", "trainer.max_steps=2", "trainer.val_check_interval=1")
+               f"data.path={text}", "data.tokenizer=null", "recipe=w8a8_dynamic", "trainer.max_steps=2",
+               "trainer.val_check_interval=1")
     rows = {row.model: row for row in run.execute().rows}
     assert rows["deployed"].bytes < 0.4 * rows["float"].bytes
     assert rows["deployed"].score == pytest.approx(rows["float"].score, rel=0.05)
