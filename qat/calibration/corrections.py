@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.calibration.rounding import layer_stops, matrix_of, moments_of, products_at
-from qat.calibration.walk import Arrival, walk
+from qat.calibration.rounding import each_product, layer_stops, matrix_of, moments_of
+from qat.calibration.walk import Arrival
 from qat.errors import CalibrationError, UnsupportedError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import QuantizedBatchNorm
@@ -49,17 +49,9 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
     Returns:
         A note for each product with a quantized weight.
     """
-    stops, twins, notes, done = layer_stops(model), quantized_modules(reference), {}, 0
+    stops, twins = layer_stops(model), quantized_modules(reference)
     with torch.no_grad():
         norms = {layer: model.get_submodule(n) for layer, n in norms_behind(reference, stops, batches[:1]).items()}
-
-    def work(name: str, arrivals: list[Arrival]) -> None:
-        nonlocal done
-        for product in products_at(stops[name]):
-            notes[product.name] = "bias correction: " + one(product, name, arrivals)
-        done += 1
-        if progress is not None:
-            progress("bias_correction", done, len(stops))
 
     def one(product: QuantizedModule, name: str, arrivals: list[Arrival]) -> str:
         bias, gain = bias_behind(product, norms.get(name))
@@ -76,12 +68,7 @@ def correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[
         size = (moments.scale() / moments.count).sqrt()
         return f"mean output error {float(missing.square().mean().sqrt() / size):.3g} of the output -> 0"
 
-    with torch.no_grad():
-        missing = walk(model, batches, stops, work, beside=reference)
-    for name in missing:
-        for product in products_at(stops[name]):
-            notes[product.name] = "bias correction: none, no batch came here"
-    return notes
+    return each_product(model, batches, progress, "bias_correction", reference, one, "none, no batch came here")
 
 
 def norms_behind(model: nn.Module, layers: Iterable[str], batches: Sequence[Any]) -> dict[str, str]:

@@ -334,6 +334,37 @@ def hold_codes(product: QuantizedModule, codes: Tensor, scale: Tensor, zero_poin
 # --------------------------------------------------------------------------------------------------------- driver
 
 
+def each_product(model: nn.Module, batches: Sequence[Any], progress: Callable[[str, int, int], None] | None,
+                 algorithm: str, reference: nn.Module, one: Callable[[QuantizedModule, str, list[Arrival]], str],
+                 unreached: str) -> dict[str, str]:
+    """Work on every product with a quantized weight, in the order in which layers run, the float model beside.
+
+    Args:
+        algorithm: its name in recipes.
+        one: does the work on a product, given the name of its stop and what arrived there; what it did, in words.
+        unreached: what is said of products that no batch came to.
+
+    Returns:
+        A note for each product.
+    """
+    stops, title = layer_stops(model), algorithm.replace("_", " ")
+    notes: dict[str, str] = {}
+    done = 0
+
+    def work(name: str, arrivals: list[Arrival]) -> None:
+        nonlocal done
+        for product in products_at(stops[name]):
+            notes[product.name] = f"{title}: {one(product, name, arrivals)}"
+        done += 1
+        if progress is not None:
+            progress(algorithm, done, len(stops))
+
+    with torch.no_grad():
+        missing = walk(model, batches, stops, work, beside=reference)
+    notes.update({product.name: f"{title}: {unreached}" for name in missing for product in products_at(stops[name])})
+    return notes
+
+
 def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callable[[str, int, int], None] | None = None,
                      *, reference: nn.Module, steps: int, learning_rate: float,
                      regularization: float, damp: float) -> Mapping[str, str]:
@@ -350,15 +381,7 @@ def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callabl
     Returns:
         A note for each product with a quantized weight.
     """
-    stops, twins, shared, notes, done = layer_stops(model), quantized_modules(reference), shared_weights(model), {}, 0
-
-    def work(name: str, arrivals: list[Arrival]) -> None:
-        nonlocal done
-        for product in products_at(stops[name]):
-            notes[product.name] = "adaround: " + one(product, name, arrivals)
-        done += 1
-        if progress is not None:
-            progress("adaround", done, len(stops))
+    stops, twins, shared = layer_stops(model), quantized_modules(reference), shared_weights(model)
 
     def one(product: QuantizedModule, name: str, arrivals: list[Arrival]) -> str:
         quantizer = product.weight_quantizer
@@ -381,12 +404,7 @@ def round_adaptively(model: nn.Module, batches: Sequence[Any], progress: Callabl
                          for c in (nearest, codes))
         return f"output error {before:.2g} -> {after:.2g}"
 
-    with torch.no_grad():
-        missing = walk(model, batches, stops, work, beside=reference)
-    for name in missing:
-        for product in products_at(stops[name]):
-            notes[product.name] = "adaround: nearest codes, no batch came here"
-    return notes
+    return each_product(model, batches, progress, "adaround", reference, one, "nearest codes, no batch came here")
 
 
 def _tensors(quantizer: StaticQuantizer) -> tuple[Tensor, Tensor | None]:
