@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -175,12 +174,9 @@ def _memory(options: dict[str, Any]) -> MemoryPlan:
 
 
 def _contents_of_run(folder: Path, numbers: dict[str, Any]) -> Contents:
-    """The network of a run, built without values where it can be, and what the run has deployed."""
+    """The network of a run, built without weights, and what the run has deployed."""
     described = stored_config(folder)["model"]
-    try:
-        with torch.device("meta"):
-            model = build(described, "model")
-    except (RuntimeError, NotImplementedError):  # it computes with values when it is built
+    with qat.without_weights():
         model = build(described, "model")
     known = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else described
     contents = from_module(model, str(folder), "exact: the model of the run", known, numbers)
