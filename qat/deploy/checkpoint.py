@@ -10,13 +10,10 @@ moment, either the old checkpoint is there or the new one.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from torch import Tensor, nn
 from qat.compression.adapters import merge_adapters
 from qat.compression.channels import pruned_shapes, take_shapes
 from qat.deploy.convert import drop_folded, share_codes
+from qat.deploy.files import new_folder, write_synced
 from qat.errors import CheckpointError, PrepareError, QuantizationError
 from qat.modules.base import QuantizedModule
 from qat.modules.precision import NarrowFloat
@@ -57,27 +55,19 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> None:
     if not is_prepared(deployed) or any(not m.frozen for m in quantized_modules(deployed).values()
                                         if m.plan.weight is not None):
         raise CheckpointError("only deployed models are saved: deployed, certificate = qat.convert(model, batches)")
-    target = Path(path)
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
-        raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
     tensors, aliases = _unique_tensors(deployed)
     parts = list(shards(tensors))
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-        files = {name: write_tensors(Path(temporary) / name, {key: tensors[key] for key in keys})
+    with new_folder(Path(path), is_checkpoint) as folder:
+        files = {name: write_tensors(folder / name, {key: tensors[key] for key in keys})
                  for name, keys in zip(file_names(len(parts)), parts)}
         homes = {key: name for name, keys in zip(files, parts) for key in keys}
         entries = {key: entry(value, homes[key]) for key, value in tensors.items()}
-        write_synced(Path(temporary) / MANIFEST, manifest_text(deployed, entries, aliases, files))
-        os.chmod(temporary, 0o755)
-        put_in_place(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        write_synced(folder / MANIFEST, manifest_text(deployed, entries, aliases, files))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one that :func:`save` wrote."""
+    return (folder / MANIFEST).exists()
 
 
 def shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
@@ -110,14 +100,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     data = to_safetensors(dict(tensors), {"format": "pt"})
     write_synced(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file, and have it on the disk before going on."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def entry(value: Tensor, file: str) -> dict[str, Any]:
@@ -338,30 +320,3 @@ def _check_codes(name: str, module: QuantizedModule) -> None:
                 raise CheckpointError(f"{name}.{role}.threshold is not finite")
             if zero_point is not None and bool(((zero_point < fmt.lo) | (zero_point > fmt.hi)).any()):
                 raise CheckpointError(f"{name}.{role}.zero_point is outside of {fmt.lo}..{fmt.hi}")
-
-
-def put_in_place(temporary: str | os.PathLike[str], target: Path) -> None:
-    """Rename onto a free or empty target, or exchange with an old checkpoint, which then is what is ``temporary``."""
-    _rename_onto(os.fspath(temporary), target)
-    _sync_directory(target.parent)
-
-
-def _rename_onto(temporary: str, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(temporary, target)
-        return
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if exchange is not None and exchange(-100, os.fsencode(temporary), -100, os.fsencode(str(target)), 2) == 0:
-        return
-    aside = Path(f"{temporary}.old")
-    os.rename(target, aside)
-    os.rename(temporary, target)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

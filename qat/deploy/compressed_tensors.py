@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.deploy.card import model_card
-from qat.deploy.checkpoint import file_names, shards, write_synced, write_tensors
-from qat.deploy.files import new_folder
+from qat.deploy.checkpoint import file_names, shards, write_tensors
+from qat.deploy.files import new_folder, write_synced
 from qat.deploy.weights import exactly, other_tensors, weight_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.modules.base import QuantizedModule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -9,8 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qat.deploy.checkpoint import put_in_place
 from qat.errors import CheckpointError
+
+
+def check_free(target: Path, replaces: Callable[[Path], bool]) -> None:
+    """Refuse a path where something else than an empty folder is, or than one that ``replaces`` says is ours.
+
+    Raises:
+        CheckpointError: there is.
+    """
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or replaces(target))):
+        raise CheckpointError(f"{target} exists and is not a checkpoint but something else: choose another path, or "
+                              "remove it")
 
 
 @contextmanager
@@ -23,8 +34,7 @@ def new_folder(target: Path, replaces: Callable[[Path], bool]) -> Iterator[Path]
     Raises:
         CheckpointError: something else is there already; it cannot be written.
     """
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or replaces(target))):
-        raise CheckpointError(f"{target} exists and is something else: choose another path, or remove it")
+    check_free(target, replaces)
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,3 +72,38 @@ def new_file(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file, and have it on the disk before going on."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put_in_place(temporary: str | os.PathLike[str], target: Path) -> None:
+    """Rename onto a free or empty target, or exchange with an old checkpoint, which then is what is ``temporary``."""
+    _rename_onto(os.fspath(temporary), target)
+    _sync_directory(target.parent)
+
+
+def _rename_onto(temporary: str, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(temporary, target)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is not None and exchange(-100, os.fsencode(temporary), -100, os.fsencode(str(target)), 2) == 0:
+        return
+    aside = Path(f"{temporary}.old")
+    os.rename(target, aside)
+    os.rename(temporary, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,13 +30,13 @@ from qat.deploy.checkpoint import (
     MANIFEST,
     entry,
     file_names,
+    is_checkpoint,
     manifest_text,
-    put_in_place,
     read_tensors,
-    write_synced,
     write_tensors,
 )
 from qat.deploy.convert import Certificate, drop_folded, outputs, share_codes
+from qat.deploy.files import check_free, put_in_place, write_synced
 from qat.errors import CheckpointError, ParityError, PrepareError
 from qat.modules.base import LayerPlan, QuantizedModule
 from qat.modules.parameters import watching
@@ -323,8 +323,7 @@ class _Stream:
     def __init__(self, model: nn.Module, source: TensorFolder, target: Path, recipe: Any, example: Any,
                  batches: list[Any], progress: Progress | None) -> None:
         self.source, self.target, self.batches, self.progress = source, target, batches, progress
-        if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
-            raise CheckpointError(f"{target} exists and is not a checkpoint: choose another path, or remove it")
+        check_free(target, is_checkpoint)
         self.partial = target.with_name(f".{target.name}.partial")
         self.floats = Floats(model, source)
         self.units: dict[str, nn.Module] = {}
