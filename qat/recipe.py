@@ -21,6 +21,7 @@ from qat.numerics.formats import TensorSpec
 BACKWARD_DTYPES = ("auto", "float32", "bfloat16")
 EDGES = ("int8", "same")
 KEEP = ("float32", "float16", "bfloat16")
+BIASES = ("float32", "int32")
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "equalization": {"sweeps": 20},
     "hadamard": {"seed": 0, "stream": True, "heads": True},
@@ -39,6 +40,8 @@ most), ``hadamard`` (``seed`` of the signs; whether to rotate the residual ``str
 Options of roundings: ``qat/calibration/gptq.py``, ``rounding.py`` and ``reconstruction.py`` explain them where they use
 them.
 """
+_WHOLE = ("name", "backward_dtype", "edges", "calibration", "absorb", "bias")
+"""Keys of a recipe beside its rules."""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
 
@@ -177,6 +180,8 @@ class Recipe:
         calibration: algorithms that ``calibrate`` runs beside the ranges, see :data:`CALIBRATIONS`: names, or
             ``{name: {option: value}}``. They run in the order of that table, whatever the order here.
         absorb: whether ReLUs in front of quantizers become part of them, whose codes are unsigned then.
+        bias: ``int32``: layers with static inputs add biases that are whole numbers of steps of their accumulators
+            (scale_x * scale_w), as runtimes with integer biases do; ``float32``: any.
         name: the preset's name, for reports.
     """
 
@@ -185,6 +190,7 @@ class Recipe:
     edges: str = "same"
     calibration: tuple[Algorithm, ...] = ()
     absorb: bool = True
+    bias: str = "float32"
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -193,7 +199,7 @@ class Recipe:
         if not isinstance(self.absorb, bool):
             raise RecipeError(f"absorb: is true or false, not {self.absorb!r}")
         for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES),
-                                  ("edges", self.edges, EDGES)):
+                                  ("edges", self.edges, EDGES), ("bias", self.bias, BIASES)):
             if value not in known:
                 raise RecipeError(f"{key}: {value!r} is unknown{nearest(str(value), known)}; "
                                   f"choices are {', '.join(known)}")
@@ -205,6 +211,8 @@ class Recipe:
             result = {"name": self.name, **result}
         if not self.absorb:
             result["absorb"] = False
+        if self.bias != "float32":
+            result["bias"] = self.bias
         result["rules"] = [rule.to_dict() for rule in self.rules]
         if self.calibration:
             result["calibration"] = [a.to_dict() for a in self.calibration]
@@ -222,12 +230,11 @@ class Recipe:
         if "preset" in data:
             overrides = {k: v for k, v in data.items() if k != "preset"}
             return cls.preset(str(data["preset"]), **overrides)
-        _check_keys("a recipe", data, ("name", "backward_dtype", "edges", "rules", "calibration", "absorb"))
+        _check_keys("a recipe", data, (*_WHOLE, "rules"))
         rules = data.get("rules") or ()
         if not isinstance(rules, list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
-        values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges", "absorb")
-                                  if data.get(k) is not None}
+        values: dict[str, Any] = {k: data[k] for k in _WHOLE if k != "calibration" and data.get(k) is not None}
         return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
                    calibration=algorithms(data.get("calibration") or ()), **values)
 
@@ -254,14 +261,14 @@ class Recipe:
         """The preset called ``name``.
 
         Args:
-            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``; ``weight`` and ``input``: dicts that
-                change single keys of the specs of the preset's general rule; ``rules``: rules put in front of the
-                preset's.
+            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``, ``bias``; ``weight`` and ``input``:
+                dicts that change single keys of the specs of the preset's general rule; ``rules``: rules put in front
+                of the preset's.
         """
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")
         _check_keys(f"overrides of preset {name}", overrides,
-                    ("name", "backward_dtype", "edges", "calibration", "absorb", "weight", "input", "rules"))
+                    (*_WHOLE, "weight", "input", "rules"))
         data = {"name": name, **PRESETS[name]}
         rules = [dict(rule) for rule in data["rules"]]
         for key in ("weight", "input"):
@@ -277,8 +284,7 @@ class Recipe:
         if not isinstance(overrides.get("rules") or [], list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(overrides['rules']).__name__}")
         data["rules"] = [*(overrides.get("rules") or []), *rules]
-        data |= {k: v for k, v in overrides.items() if k in ("name", "backward_dtype", "edges", "calibration", "absorb")
-                 and v is not None}
+        data |= {k: v for k, v in overrides.items() if k in _WHOLE and v is not None}
         return cls.from_dict(data)
 
 

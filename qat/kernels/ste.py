@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,6 +231,38 @@ def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, c
 
 
 @dataclass
+class Sums:
+    """Accumulators of a product, with what turns them into its result.
+
+    Attributes:
+        values: whole numbers in float32, the bias included.
+        step, addend: the result is ``values * step + addend``; both broadcast against ``values``; no addend: 0.
+    """
+
+    values: Tensor
+    step: Tensor
+    addend: Tensor | None
+
+    def result(self) -> Tensor:
+        y = self.values * self.step
+        return y if self.addend is None else y.add_(self.addend)
+
+
+def requantized(sums: Sums, scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> Tensor:
+    """The codes of a product's result on a grid with one scale, see :func:`qat.numerics.affine.requantize`."""
+    spec, fmt = grid.spec, grid.spec.fmt
+    ends: list[Any] = [fmt.lo, fmt.hi]
+    for i, end in enumerate((grid.floor, grid.ceiling)):
+        if end is None or (i == 0 and not fmt.signed):      # an absorbed ReLU's zero is the lowest unsigned code
+            continue
+        ends[i] = affine.quantize(torch.tensor(end, device=scale.device), scale, zero_point, spec)
+    if any(isinstance(end, Tensor) for end in ends):
+        ends = [torch.as_tensor(end, dtype=torch.float32, device=scale.device) for end in ends]
+    return affine.requantize(sums.values, sums.step / scale, None if sums.addend is None else sums.addend / scale,
+                             zero_point, spec, *ends)
+
+
+@dataclass
 class Product:
     """One integer product: operands, and how the result is rescaled.
 
@@ -240,6 +273,8 @@ class Product:
         gain: None, or (out,): the folded batch norm's gamma / sigma.
         geometry: None for a linear layer.
         backward_dtype: the type in which the matrix products of the backward run.
+        whole_bias: round the bias to whole steps of the accumulator, as int32; the gradient goes straight through.
+        requantizes: keep the accumulators in ``kept``, for :func:`requantized`.
     """
 
     x: QuantizedTensor
@@ -248,6 +283,9 @@ class Product:
     gain: Tensor | None = None
     geometry: Geometry | None = None
     backward_dtype: torch.dtype = torch.float32
+    whole_bias: bool = False
+    requantizes: bool = False
+    kept: Sums | None = None
 
     def multiplier_w(self) -> Tensor:
         """``scale_w * unit_w * gain``: what one level of the weight is worth, float32."""
@@ -260,8 +298,42 @@ class Product:
         """``scale_x * unit_x``: what one level of the activation is worth, float32."""
         return self.x.scale if self.x.spec.fmt.unit == 1.0 else self.x.scale * self.x.spec.fmt.unit
 
+    def sums(self, bias: Tensor | None) -> Sums:
+        """The accumulators with the bias in them, for :func:`requantized`.
+
+        A bias beyond int32, and that of a channel without weights, stays outside.
+        """
+        multiplier_w = self.multiplier_w()
+        step = self.scale_x() * multiplier_w
+        one = torch.ones((), device=step.device)
+        steps = addend = None
+        if bias is not None:
+            steps = (bias / step).round_()
+            within = (steps.abs() < affine.INT32_STEPS) & (self.w.scale != 1.0)
+            steps = torch.where(within, steps, 0.0)
+            addend = bias.masked_fill(within, 0.0)
+            if not torch.compiler.is_compiling() and not bool(addend.any()):
+                addend = None
+        values = self._once(Activation.of(self.x), self.kernel or Weight.of(self.w), one, steps)
+        return Sums(values, self._along_out(step) if step.dim() else step,
+                    None if addend is None else self._along_out(addend))
+
+    def placed(self, bias: Tensor | None) -> Tensor | None:
+        """The bias (out,), float32, that is added: on its grid, where that is asked for and there is one.
+
+        A channel without weights, whose scale is 1 for want of a better one, keeps its bias.
+        """
+        if bias is None or not self.whole_bias or self.x.scale.dim() or self.w.spec.granularity == "per_group":
+            return bias
+        placed = affine.bias_on_grid(bias, self.scale_x() * self.multiplier_w())
+        return torch.where(self.w.scale == 1.0, bias, placed)
+
     def forward(self, bias: Tensor | None) -> Tensor:
         """``float32(acc) * multiplier + bias`` in float32; the shape of the layer's output."""
+        if self.requantizes:
+            self.kept = self.sums(bias)
+            return self.kept.result()
+        bias = self.placed(bias)
         kernel = self.kernel or Weight.of(self.w)
         scale_x, multiplier_w = self.scale_x(), self.multiplier_w()
         if self.w.spec.granularity == "per_group":
@@ -339,7 +411,7 @@ class _Product(torch.autograd.Function):
         # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
         nothing = call.x.codes.new_empty(0)
         x, w = (replace(t, codes=nothing, carrier=None) for t in (call.x, call.w))
-        ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach())
+        ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach(), kept=None)
         ctx.save_for_backward(call.x.codes, call.w.codes)
         return call.forward(bias)
 
