@@ -21,7 +21,6 @@ from qat.numerics.formats import TensorSpec
 BACKWARD_DTYPES = ("auto", "float32", "bfloat16")
 EDGES = ("int8", "same")
 KEEP = ("float32", "float16", "bfloat16")
-BIASES = ("float32", "int32")
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "equalization": {"sweeps": 20},
     "hadamard": {"seed": 0, "stream": True, "heads": True},
@@ -40,7 +39,7 @@ most), ``hadamard`` (``seed`` of the signs; whether to rotate the residual ``str
 Options of roundings: ``qat/calibration/gptq.py``, ``rounding.py`` and ``reconstruction.py`` explain them where they use
 them.
 """
-_WHOLE = ("name", "backward_dtype", "edges", "calibration", "absorb", "bias")
+_WHOLE = ("name", "backward_dtype", "edges", "calibration", "absorb", "requantize")
 """Keys of a recipe beside its rules."""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
@@ -180,8 +179,9 @@ class Recipe:
         calibration: algorithms that ``calibrate`` runs beside the ranges, see :data:`CALIBRATIONS`: names, or
             ``{name: {option: value}}``. They run in the order of that table, whatever the order here.
         absorb: whether ReLUs in front of quantizers become part of them, whose codes are unsigned then.
-        bias: ``int32``: layers with static inputs add biases that are whole numbers of steps of their accumulators
-            (scale_x * scale_w), as runtimes with integer biases do; ``float32``: any.
+        requantize: whether static layers go from integers to integers as runtimes with int32 biases do: biases are
+            whole steps of the accumulator (scale_x * scale_w), and codes of the output are made of accumulators (and
+            of the codes of sums) in one multiplication.
         name: the preset's name, for reports.
     """
 
@@ -190,16 +190,17 @@ class Recipe:
     edges: str = "same"
     calibration: tuple[Algorithm, ...] = ()
     absorb: bool = True
-    bias: str = "float32"
+    requantize: bool = False
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "calibration", algorithms(self.calibration))
-        if not isinstance(self.absorb, bool):
-            raise RecipeError(f"absorb: is true or false, not {self.absorb!r}")
+        for switch in ("absorb", "requantize"):
+            if not isinstance(getattr(self, switch), bool):
+                raise RecipeError(f"{switch}: is true or false, not {getattr(self, switch)!r}")
         for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES),
-                                  ("edges", self.edges, EDGES), ("bias", self.bias, BIASES)):
+                                  ("edges", self.edges, EDGES)):
             if value not in known:
                 raise RecipeError(f"{key}: {value!r} is unknown{nearest(str(value), known)}; "
                                   f"choices are {', '.join(known)}")
@@ -211,8 +212,8 @@ class Recipe:
             result = {"name": self.name, **result}
         if not self.absorb:
             result["absorb"] = False
-        if self.bias != "float32":
-            result["bias"] = self.bias
+        if self.requantize:
+            result["requantize"] = True
         result["rules"] = [rule.to_dict() for rule in self.rules]
         if self.calibration:
             result["calibration"] = [a.to_dict() for a in self.calibration]
@@ -261,9 +262,9 @@ class Recipe:
         """The preset called ``name``.
 
         Args:
-            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``, ``bias``; ``weight`` and ``input``:
-                dicts that change single keys of the specs of the preset's general rule; ``rules``: rules put in front
-                of the preset's.
+            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``, ``requantize``; ``weight`` and
+                ``input``: dicts that change single keys of the specs of the preset's general rule; ``rules``: rules
+                put in front of the preset's.
         """
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")

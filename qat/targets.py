@@ -157,10 +157,10 @@ def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
     absorbs = recipe.absorb and aim.absorbs
     if absorbs != recipe.absorb:
         changes[f"absorb: false, because {aim.name} has no unsigned codes: ReLUs stay in front of quantizers"] = None
-    bias = aim.bias if aim.bias == "int32" else recipe.bias
-    if bias != recipe.bias:
-        changes[f"bias: int32, because {aim.name} adds whole steps of the accumulator to it"] = None
-    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs, bias=bias), list(changes)
+    requantize = recipe.requantize or aim.bias == "int32"
+    if requantize != recipe.requantize:
+        changes[f"requantize: true, because {aim.name} adds int32 biases to its accumulators"] = None
+    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs, requantize=requantize), list(changes)
 
 
 @dataclass

@@ -47,6 +47,7 @@ from qat.errors import CheckpointError, OverflowBoundError, UnsupportedError, ne
 from qat.kernels import ste, table, weight_only
 from qat.modules.base import QuantizedModule
 from qat.modules.composite import Composite
+from qat.modules.functional import QuantizedAdd
 from qat.modules.linear import QuantizedEmbedding
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec, get_format
@@ -304,6 +305,7 @@ def _opaque(unsigned: bool) -> Iterator[None]:
         (QuantizedTensor, "dequantize", _dequantize), (QuantizedEmbedding, "forward", _embed),
         (DynamicQuantizer, "quantize", _dynamically), (QuantizedModule, "quantized_weight", lambda self: _Weight(self)),
         (QuantizedModule, "requantized", _requantized),
+        (QuantizedAdd, "sum_of_codes", lambda self, a, b: a.dequantize() + b.dequantize()),
         (QuantizedModule, "kernel_weight", lambda self, weight: weight)]
     with ExitStack() as stack:
         stack.enter_context(table.use("reference"))         # no shortcut around the products
@@ -609,7 +611,7 @@ class _Lowering:
         if layer.bias is None:
             return None
         bias = layer.bias.detach().float()
-        if layer.plan.bias == "int32" and not layer.plan.requantizes and scale is not None:
+        if layer.plan.requantize and not layer.plan.codes_from_sums and scale is not None:
             x = QuantizedTensor(torch.empty(0), torch.tensor(scale), None, spec)
             bias = ste.Product(x, layer.quantized_weight(), whole_bias=True).placed(bias)
         return bias.numpy()
@@ -622,7 +624,7 @@ class _Lowering:
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             steps = np.rint(bias / grid)
             whole = np.abs(steps * grid - bias) <= np.abs(bias) * 2.0**-21
-        if self.modules[self.layer].plan.requantizes:       # it rounds them itself
+        if self.modules[self.layer].plan.codes_from_sums:       # it rounds them itself
             whole = weight.dead | (np.abs(steps) < affine.INT32_STEPS)
         return bool((whole & (np.abs(steps) + self._greatest_sums(weight) < 2**31)).all())
 
@@ -741,7 +743,7 @@ class _Lowering:
 
     def _result(self, acc: ir.Value, scale: ir.Value, spec: TensorSpec, weight: _Integers, bias: Any,
                 shape: tuple[int, ...]) -> ir.Value:
-        if self.modules[self.layer].plan.requantizes and _constant(scale) is not None and self._quantized_at_once():
+        if self.modules[self.layer].plan.codes_from_sums and _constant(scale) is not None and self._quantized_at_once():
             return self._requantized(acc, _constant(scale), weight, bias, shape)
         multiplier, by_row = self._multiplier(scale, spec, weight.scale, shape)
         return self._rescaled(acc, multiplier, by_row, bias, shape)

@@ -36,7 +36,8 @@ class LayerPlan:
         batch_norm: name of the batch norm behind that is folded in eval.
         chained: the input arrives as codes from the layer in front, so there is no input quantizer.
         emits_codes: every consumer of the output takes codes, so no float tensor is made.
-        bias: ``int32``: the bias is a whole number of steps of the accumulator; ``float32``: any.
+        requantize: the bias is a whole number of steps of the accumulator, and codes are made of codes, see
+            :class:`~qat.recipe.Recipe`.
         tied_to: name of the module whose weight, and weight quantizer, this one shares.
         layout: of a parameter that functions read (see :mod:`qat.modules.parameters`): ``rows`` (..., out, in),
             ``columns`` (..., in, out), ``kernel`` or ``table``.
@@ -53,17 +54,17 @@ class LayerPlan:
     batch_norm: str | None = None
     chained: bool = False
     emits_codes: bool = False
-    bias: str = "float32"
+    requantize: bool = False
     tied_to: str | None = None
     reason: str = ""
     layout: str = ""
     parts: dict[str, LayerPlan] = field(default_factory=dict)
 
     @property
-    def requantizes(self) -> bool:
+    def codes_from_sums(self) -> bool:
         """Whether the output's codes are made of the accumulators, in one multiplication: the bias is in them."""
         out = self.output
-        return (self.bias == "int32" and out is not None and not out.dynamic and out.granularity == "per_tensor"
+        return (self.requantize and out is not None and not out.dynamic and out.granularity == "per_tensor"
                 and out.fmt.grid == "affine")
 
     def to_dict(self) -> dict[str, Any]:
@@ -480,8 +481,8 @@ class QuantizedModule(nn.Module):
         they are made of the accumulators."""
         gain, bias = self.folded()
         call = ste.Product(x, weight, self.kernel_weight(weight), gain, backward_dtype=self.backward_type(x),
-                           whole_bias=self.plan.bias == "int32", **geometry)
-        if self.plan.requantizes and x.scale.dim() == 0 and (not self._batch_norm or self.folds()):
+                           whole_bias=self.plan.requantize, **geometry)
+        if self.plan.codes_from_sums and x.scale.dim() == 0 and (not self._batch_norm or self.folds()):
             return self.requantized(call, bias)
         return ste.product(call, self.lasting_bias(call, bias), self.result_dtype(x))
 

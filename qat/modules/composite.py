@@ -154,7 +154,7 @@ class Part(QuantizedModule):
             return y if dtype is None else y.to(dtype)
         codes = self.quantized_input(x)
         call = ste.Product(codes, operand.codes, operand.kernel, backward_dtype=self.backward_type(codes),
-                           whole_bias=self.plan.bias == "int32")
+                           whole_bias=self.plan.requantize)
         return ste.product(call, operand.bias, dtype or self.result_dtype(codes))
 
     def extra_repr(self) -> str:

@@ -107,7 +107,7 @@ class QuantizedConvolution(QuantizedModule):
         out = self.output_quantizer
         if (not self.plan.emits_codes or not isinstance(out, FrozenQuantizer) or not out.spec.power_of_two
                 or out.spec.bits != 8 or out.ceiling is not None or x.scale.dim() or x.carrier is not None
-                or self.plan.requantizes or torch.compiler.is_compiling() or self.result_dtype(x) != torch.float32):
+                or self.plan.codes_from_sums or torch.compiler.is_compiling() or self.result_dtype(x) != torch.float32):
             return None
         kernel, activation = self.kernel_weight(weight), Activation.of(x)
         assert kernel is not None

@@ -11,6 +11,7 @@ the codes. ``x`` is cast to float32 first. Scales are float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -216,6 +217,31 @@ def requantize(sums: Tensor, multiplier: Tensor, addend: Tensor | None, zero_poi
     for target, piece in zip(pieces(codes), pieces(sums)):
         target.copy_(codes_of(piece))
     return codes
+
+
+def requantize_sum(operands: Sequence[tuple[Tensor, Tensor, int, TensorSpec]], zero_point: int, spec: TensorSpec,
+                   lo: int, hi: int) -> Tensor:
+    """Codes of a sum of two straight from their codes, in the expression of integer runtimes.
+
+    ``clamp(round_half_even(a * ratio_a + (b * ratio_b + fixed)), lo, hi)``, ``fixed = z - (ratio_a * z_a + ratio_b *
+    z_b)``, where each multiplication is fused with its addition (float64 gives the same), and the zero point is inside
+    the rounding. It is QLinearAdd of onnxruntime on processors with fused multiply-add.
+
+    Args:
+        operands: codes, scale / scale of the sum (0-d float32), zero point and spec of each; shapes broadcast.
+        zero_point, spec, lo, hi: the sum's. int8 codes count as the unsigned bytes, 128 higher, that files hold.
+    """
+    (a, ratio_a, z_a), (b, ratio_b, z_b) = ((codes.double().add_(_shift(own)), ratio, float(point + _shift(own)))
+                                            for codes, ratio, point, own in operands)
+    shift = _shift(spec)
+    fixed = (zero_point + shift) - (ratio_a.double() * z_a + (ratio_b * z_b).double()).float()
+    right = b.mul_(ratio_b.double()).add_(fixed.double()).float()
+    free = a.mul_(ratio_a.double()).add(right).float().round_()
+    return free.clamp_(lo + shift, hi + shift).sub_(shift).to(spec.fmt.dtype)
+
+
+def _shift(spec: TensorSpec) -> int:
+    return 128 if spec.format == "int8" else 0
 
 
 def quantize_to_bytes(x: Tensor, scale: Tensor, offset: Tensor, lo: int, hi: int) -> Tensor:
