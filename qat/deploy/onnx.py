@@ -613,7 +613,7 @@ class _Lowering:
         bias = layer.bias.detach().float()
         if layer.plan.requantize and not layer.plan.codes_from_sums and scale is not None:
             x = QuantizedTensor(torch.empty(0), torch.tensor(scale), None, spec)
-            bias = ste.Product(x, layer.quantized_weight(), whole_bias=True).placed(bias)
+            bias = ste.Product(x, layer.quantized_weight(), whole_bias=True).added(bias)
         return bias.numpy()
 
     def _is_whole(self, bias: Any, step: Any, weight: _Integers) -> bool:
@@ -691,7 +691,7 @@ class _Lowering:
         """The scale of each channel's weights; for one that has nothing but a bias, one that gives it a fine grid."""
         if bias is None or not weight.dead.any():
             return weight.scale
-        fine = np.abs(bias).astype(np.float32) / step / np.float32(affine.BIAS_STEPS)
+        fine = np.abs(bias).astype(np.float32) / step / np.float32(2**22)
         return np.where(weight.dead & (fine > affine.TINY), fine, weight.scale).astype(np.float32)
 
     @staticmethod

@@ -293,6 +293,7 @@ class Product:
         geometry: None for a linear layer.
         backward_dtype: the type in which the matrix products of the backward run.
         whole_bias: round the bias to whole steps of the accumulator, as int32; the gradient goes straight through.
+        whole: what :meth:`split` returned for this bias, where it does not change.
         requantizes: keep the accumulators in ``kept``, for :func:`requantized`.
     """
 
@@ -303,6 +304,7 @@ class Product:
     geometry: Geometry | None = None
     backward_dtype: torch.dtype = torch.float32
     whole_bias: bool = False
+    whole: tuple[Tensor, Tensor | None] | None = None
     requantizes: bool = False
     kept: Sums | None = None
 
@@ -317,42 +319,50 @@ class Product:
         """``scale_x * unit_x``: what one level of the activation is worth, float32."""
         return self.x.scale if self.x.spec.fmt.unit == 1.0 else self.x.scale * self.x.spec.fmt.unit
 
-    def sums(self, bias: Tensor | None) -> Sums:
-        """The accumulators with the bias in them, for :func:`requantized`.
+    def step(self) -> Tensor:
+        """What one step of the accumulator is worth, (out,) or (); the input has one scale."""
+        return self.scale_x() * self.multiplier_w()
 
-        A bias beyond int32, and that of a channel without weights, stays outside.
-        """
-        multiplier_w = self.multiplier_w()
-        step = self.scale_x() * multiplier_w
+    def split(self, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``whole``, or made anew: the bias in steps, and what stays outside of them; None: nothing does."""
+        if self.whole is not None:
+            return self.whole
+        steps, outside = affine.whole_steps(bias, self.step(), self._dead())
+        if torch.compiler.is_compiling() or bool(outside.any()):
+            return steps, outside
+        return steps, None
+
+    def _dead(self) -> Tensor | None:
+        """(out,): whether a channel's weights are all 0."""
+        w = self.w
+        if w.spec.fmt.grid != "affine":
+            return None
+        rows, point = w.codes.flatten(1), 0 if w.zero_point is None else w.zero_point
+        return (rows.amax(1) == point) & (rows.amin(1) == point)
+
+    def sums(self, bias: Tensor | None) -> Sums:
+        """The accumulators with the bias in them, for :func:`requantized`."""
+        steps, outside = (None, None) if bias is None else self.split(bias)
+        step = self.step()
         one = torch.ones((), device=step.device)
-        steps = addend = None
-        if bias is not None:
-            steps = (bias / step).round_()
-            within = (steps.abs() < affine.INT32_STEPS) & (self.w.scale != 1.0)
-            steps = torch.where(within, steps, 0.0)
-            addend = bias.masked_fill(within, 0.0)
-            if not torch.compiler.is_compiling() and not bool(addend.any()):
-                addend = None
         values = self._once(Activation.of(self.x), self.kernel or Weight.of(self.w), one, steps)
         return Sums(values, self._along_out(step) if step.dim() else step,
-                    None if addend is None else self._along_out(addend))
+                    None if outside is None else self._along_out(outside))
 
-    def placed(self, bias: Tensor | None) -> Tensor | None:
-        """The bias (out,), float32, that is added: on its grid, where that is asked for and there is one.
-
-        A channel without weights, whose scale is 1 for want of a better one, keeps its bias.
-        """
+    def added(self, bias: Tensor | None) -> Tensor | None:
+        """The bias (out,), float32, that is added: whole steps of the accumulator, where that is asked for."""
         if bias is None or not self.whole_bias or self.x.scale.dim() or self.w.spec.granularity == "per_group":
             return bias
-        placed = affine.bias_on_grid(bias, self.scale_x() * self.multiplier_w())
-        return torch.where(self.w.scale == 1.0, bias, placed)
+        steps, outside = self.split(bias)
+        whole = steps * self.step()
+        return whole if outside is None else whole.add_(outside)
 
     def forward(self, bias: Tensor | None) -> Tensor:
         """``float32(acc) * multiplier + bias`` in float32; the shape of the layer's output."""
         if self.requantizes:
             self.kept = self.sums(bias)
             return self.kept.result()
-        bias = self.placed(bias)
+        bias = self.added(bias)
         kernel = self.kernel or Weight.of(self.w)
         scale_x, multiplier_w = self.scale_x(), self.multiplier_w()
         if self.w.spec.granularity == "per_group":

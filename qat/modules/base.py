@@ -190,7 +190,7 @@ class QuantizedModule(nn.Module):
     _kernel: Weight | None
     _codes: QuantizedTensor | None
     _one_row: Any
-    _bias: Tensor | None
+    _whole: Any
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
@@ -213,7 +213,7 @@ class QuantizedModule(nn.Module):
         self.calibrating = self.checking = False
         self.backward_dtype = "auto"
         self._batch_norm = []
-        self._kernel = self._codes = self._one_row = self._bias = None
+        self._kernel = self._codes = self._one_row = self._whole = None
         self.float_dtype = self.initial_dtype()
         if weight_quantizer is None and plan.weight is not None:
             weight_quantizer = make_quantizer(plan.weight, self.weight_matrix().shape)
@@ -436,17 +436,17 @@ class QuantizedModule(nn.Module):
         self.float_dtype = fn(torch.zeros((), dtype=self.float_dtype)).dtype
         if scale is not None and self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._kernel = self._codes = self._one_row = self._bias = None
+        self._kernel = self._codes = self._one_row = self._whole = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies derive anew what cannot be copied: packed weights, and weights that a hook computes."""
         own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return {**own, "_kernel": None, "_codes": None, "_one_row": None, "_bias": None}
+        return {**own, "_kernel": None, "_codes": None, "_one_row": None, "_whole": None}
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self._kernel = self._codes = self._one_row = self._bias = None
+        self._kernel = self._codes = self._one_row = self._whole = None
 
     # ---------------------------------------------------------------- the forward
 
@@ -482,9 +482,13 @@ class QuantizedModule(nn.Module):
         gain, bias = self.folded()
         call = ste.Product(x, weight, self.kernel_weight(weight), gain, backward_dtype=self.backward_type(x),
                            whole_bias=self.plan.requantize, **geometry)
+        if call.whole_bias and bias is not None and self.frozen and not torch.compiler.is_compiling():
+            if self._whole is None and x.scale.dim() == 0:
+                self._whole = call.split(bias.detach().float())
+            call.whole = self._whole
         if self.plan.codes_from_sums and x.scale.dim() == 0 and (not self._batch_norm or self.folds()):
             return self.requantized(call, bias)
-        return ste.product(call, self.lasting_bias(call, bias), self.result_dtype(x))
+        return ste.product(call, bias, self.result_dtype(x))
 
     def requantized(self, call: ste.Product, bias: Tensor | None) -> QuantizedTensor:
         """The output quantizer's codes, made of the accumulators as integer runtimes make them."""
@@ -499,15 +503,6 @@ class QuantizedModule(nn.Module):
         made = quantizer.quantize(ste.product(call, bias, dtype))
         assert call.kept is not None
         return replace(made, codes=ste.requantized(call.kept, made.scale, made.zero_point, quantizer.grid()))
-
-    def lasting_bias(self, call: ste.Product, bias: Tensor | None) -> Tensor | None:
-        """The bias, on its grid already where this module is frozen: that costs nothing from the second call on."""
-        if bias is None or not call.whole_bias or not self.frozen or torch.compiler.is_compiling():
-            return bias
-        if self._bias is None:
-            self._bias = call.placed(bias.detach().float())
-        call.whole_bias = False
-        return self._bias
 
     def result_dtype(self, x: QuantizedTensor) -> torch.dtype:
         device = x.codes.device.type

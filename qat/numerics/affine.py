@@ -21,8 +21,6 @@ from qat.errors import SpecError
 from qat.numerics.formats import SCALE_DTYPES, Format, TensorSpec
 
 TINY = torch.finfo(torch.float32).tiny
-BIAS_STEPS = 2.0**22
-"""Up to so many steps a bias is rounded to whole ones; a float32 of more has no finer ones to lose, within 2**-22."""
 INT32_STEPS = 2.0**30
 """What an int32 bias may hold, with room for the sums that it is added to."""
 
@@ -178,17 +176,22 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: Te
     return codes
 
 
-def bias_on_grid(bias: Tensor, step: Tensor) -> Tensor:
-    """A bias as integer runtimes hold it: a whole number of ``step = scale_x * scale_w``, as float32.
+def whole_steps(bias: Tensor, step: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A bias as integer runtimes hold it: whole numbers of ``step = scale_x * scale_w``, and what stays outside.
 
-    Biases of :data:`BIAS_STEPS` steps and more stay as they are: no int32 would be nearer. Doing it twice changes
-    nothing.
+    Outside, and 0 steps, is a bias that int32 cannot hold, and that of a channel without weights, whose step is any.
 
     Args:
-        bias: (out,), float32. ``step``: (out,) or ().
+        bias: (out,), float32. ``step``: (out,) or (). ``dead``: (out,), whether all weights are 0; None: nowhere.
+
+    Returns:
+        Steps and the rest, both (out,) float32.
     """
     steps = (bias / step).round_()
-    return torch.where(steps.abs() < BIAS_STEPS, steps * step, bias)
+    within = steps.abs() < INT32_STEPS
+    if dead is not None:
+        within &= ~dead
+    return torch.where(within, steps, 0.0), bias.masked_fill(within, 0.0)
 
 
 def requantize(sums: Tensor, multiplier: Tensor, addend: Tensor | None, zero_point: Tensor | int | None,
