@@ -593,39 +593,33 @@ class _Lowering:
         spec = self._spec()
         known = _constant(scale)
         fixed = spec.fmt.grid == "affine" and known is not None and known.ndim == 0 and moving is None
-        bias = self._added(layer, spec, known)
+        bias = None if layer.bias is None else layer.bias.detach().float().numpy()
         suits = fixed and weight.group is None and (weight.zero_point is None or self._is_linear or
                                                     not weight.zero_point.any())
         if self.form == "qdq" and not suits:
             raise self._refuse(f"{layer.plan.weight} weights with {spec} inputs are no Q/DQ pattern",
                                "static per_tensor inputs and per_channel weights are; or export with form='integer'")
-        if suits and (self.form == "qdq" or (self.form == "auto" and self._quantized_at_once()
-                                             and self._is_whole(bias, known, weight))):
+        if suits and (self.form == "qdq" or (self.form == "auto" and self._is_exact(bias, known, weight))):
             return [self._qdq(codes, scale, known, spec, weight, bias)]
         levels = self._levels(codes, spec)
         integer = self._integer_linear if self._is_linear else self._integer_convolution
         return [integer(levels, scale, moving, spec, weight, bias)]
 
-    def _added(self, layer: QuantizedModule, spec: TensorSpec, scale: Any) -> Any:
-        """The bias that the layer adds, (out,) float32; None: it has none."""
-        if layer.bias is None:
-            return None
-        bias = layer.bias.detach().float()
-        if layer.plan.requantize and not layer.plan.codes_from_sums and scale is not None:
-            x = QuantizedTensor(torch.empty(0), torch.tensor(scale), None, spec)
-            bias = ste.Product(x, layer.quantized_weight(), whole_bias=True).added(bias)
-        return bias.numpy()
-
-    def _is_whole(self, bias: Any, step: Any, weight: _Integers) -> bool:
-        """Whether int32 steps of the accumulator hold this bias, as far as float32 can tell."""
-        if bias is None or self.target.bias == "float32":
+    def _is_exact(self, bias: Any, step: Any, weight: _Integers) -> bool:
+        """Whether runtimes have a kernel for the pattern, and it computes what the layer computes."""
+        plan = self.modules[self.layer].plan
+        if self.target.bias == "float32":
+            return self._quantized_at_once()
+        if not ((plan.codes_from_sums and self._quantized_at_once())
+                or (plan.requantize and plan.output is None and self._is_linear and bias is not None
+                and not self._quantized_at_once())):
+            return False
+        if bias is None:
             return True
         grid = self._bias_grid(bias, step, self._worth_with(bias, step, weight))
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             steps = np.rint(bias / grid)
-            whole = np.abs(steps * grid - bias) <= np.abs(bias) * 2.0**-21
-        if self.modules[self.layer].plan.codes_from_sums:       # it rounds them itself
-            whole = weight.dead | (np.abs(steps) < affine.INT32_STEPS)
+        whole = weight.dead | (np.abs(steps) < affine.INT32_STEPS)
         return bool((whole & (np.abs(steps) + self._greatest_sums(weight) < 2**31)).all())
 
     @property
@@ -743,17 +737,35 @@ class _Lowering:
 
     def _result(self, acc: ir.Value, scale: ir.Value, spec: TensorSpec, weight: _Integers, bias: Any,
                 shape: tuple[int, ...]) -> ir.Value:
-        if self.modules[self.layer].plan.codes_from_sums and _constant(scale) is not None and self._quantized_at_once():
-            return self._requantized(acc, _constant(scale), weight, bias, shape)
+        plan, known = self.modules[self.layer].plan, _constant(scale)
+        if plan.requantize and known is not None and known.ndim == 0:
+            return self._from_sums(acc, known, weight, bias, shape)
         multiplier, by_row = self._multiplier(scale, spec, weight.scale, shape)
         return self._rescaled(acc, multiplier, by_row, bias, shape)
 
-    def _requantized(self, acc: ir.Value, step: Any, weight: _Integers, bias: Any, shape: tuple[int, ...]) -> ir.Value:
-        """Accumulators in steps of the output's grid, as the layer makes them; its quantizer works at scale 1 then."""
-        reader = next(iter(self.node.outputs[0].uses())).node
+    def _from_sums(self, acc: ir.Value, step: Any, weight: _Integers, bias: Any, shape: tuple[int, ...]) -> ir.Value:
+        """``float32(acc + steps) * multiplier``; in steps of the output's grid, where the layer makes its codes so."""
+        grid, out = (step * weight.scale).astype(np.float32), np.float32(1.0)
+        if self.modules[self.layer].plan.codes_from_sums and self._quantized_at_once():
+            out = self._at_scale_one(next(iter(self.node.outputs[0].uses())).node)
+        outside = None
+        if bias is not None:
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                steps = np.rint((bias / grid).astype(np.float32))
+            within = (np.abs(steps) < affine.INT32_STEPS) & ~weight.dead
+            whole = np.where(within, steps, 0).astype(np.int32).reshape(shape or -1)
+            acc = self._op("Add", acc, self._const(whole, f"{self.layer}.bias_codes"))
+            if not within.all():
+                outside = (np.where(within, 0, bias) / out).astype(np.float32).reshape(shape or -1)
+        multiplier = (grid / out).astype(np.float32)
+        multiplier = multiplier.reshape(shape) if shape and multiplier.ndim else multiplier
+        y = self._op("Mul", self._op("Cast", acc, to=ir.DataType.FLOAT),
+                     self._const(multiplier, f"{self.layer}.multiplier"))
+        return y if outside is None else self._op("Add", y, self._const(outside, f"{self.layer}.bias"))
+
+    def _at_scale_one(self, reader: ir.Node) -> Any:
+        """Let a quantizer take values in steps of its grid; returns the scale that it had."""
         out, spec = _constant(reader.inputs[1]), get_format(reader.attributes["format"].value)
-        assert out is not None
-        grid = (step * weight.scale).astype(np.float32)
         point = reader.attributes["zero_point"].value
         for name in ("floor", "ceiling"):
             if name in reader.attributes:
@@ -761,19 +773,7 @@ class _Lowering:
                                        TensorSpec(spec.name, "per_tensor"))
                 reader.attributes[name] = ir.AttrFloat32(name, float(code) - point)
         reader.replace_input_with(1, self._float(1.0))
-        if bias is not None:
-            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-                steps = np.rint((bias / grid).astype(np.float32))
-            within = (np.abs(steps) < affine.INT32_STEPS) & ~weight.dead
-            whole = np.where(within, steps, 0).astype(np.int32).reshape(shape or -1)
-            acc = self._op("Add", acc, self._const(whole, f"{self.layer}.bias_codes"))
-        multiplier = (grid / out).astype(np.float32)
-        y = self._op("Mul", self._op("Cast", acc, to=ir.DataType.FLOAT), self._const(
-            multiplier.reshape(shape) if shape and multiplier.ndim else multiplier, f"{self.layer}.multiplier"))
-        if bias is None or within.all():
-            return y
-        outside = (np.where(within, 0, bias) / out).astype(np.float32).reshape(shape or -1)
-        return self._op("Add", y, self._const(outside, f"{self.layer}.bias"))
+        return out
 
     def _multiplier(self, scale: ir.Value, spec: TensorSpec, weight: np.ndarray, shape: tuple[int, ...]
                     ) -> tuple[ir.Value, ir.Value | None]:
