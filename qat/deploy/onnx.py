@@ -11,8 +11,8 @@ each of these opaque nodes is written out (:mod:`qat.deploy.onnx_lowering`), wit
                of training itself, bit for bit; it serves every scheme, but runtimes convolve slowly in it
     auto       qdq where fused kernels compute what the layer computes, bit for bit; else integer
 
-``integer`` is the default where no target asks for another. The fast and exact files for onnxruntime are those of models
-that were trained for it: ``qat.targets.adjust(recipe, "onnxruntime")``.
+``integer`` is the default where no target asks for another. The fast and exact files for onnxruntime are those of
+models that were trained for it: ``qat.targets.adjust(recipe, "onnxruntime")``.
 
 Weight-only layers are blocked DequantizeLinear + MatMul, which onnxruntime runs on the packed codes (MatMulNBits). It
 quantizes their activations too unless ``session.qdq_matmulnbits_accuracy_level`` is set to 1.
@@ -95,6 +95,11 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     model = program.model
     Lowering(model, modules, aim, form).run()
     _tidy(model)
+    slow = sum(node.op_type == "ConvInteger" for node in model.graph)
+    if slow and form == "auto":
+        warnings.warn(f"{slow} convolutions become ConvInteger, exact but slow: kernels that are fast compute with an "
+                      "int32 bias and quantize at once, which these layers do not. Fit the recipe before training: "
+                      f"recipe, changes = qat.targets.adjust(recipe, {aim.name!r})", stacklevel=3)
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
     if aim.explicit:
