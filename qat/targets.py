@@ -169,7 +169,8 @@ def adjust(recipe: Recipe, target: str | Target, dtype: str = "float32") -> tupl
     absorbs = recipe.absorb and aim.absorbs
     if absorbs != recipe.absorb:
         changes[f"absorb: false, because {aim.name} has no unsigned codes: ReLUs stay in front of quantizers"] = None
-    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs), list(changes)
+    name = f"{recipe.name} for {aim.name}" if recipe.name and changes else recipe.name
+    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs, name=name), list(changes)
 
 
 @dataclass
@@ -303,7 +304,8 @@ class _Fitting:
     def activation(self, rule: Rule, spec: TensorSpec) -> TensorSpec:
         aim = self.target
         if not aim.activations:
-            raise self.refuse(rule, f"{spec} activations", "it has floating point activations; drop the input: spec")
+            raise self.refuse(rule, f"{spec} activations", "it has floating point activations; drop the "
+                              f"input: spec, or begin with its default_recipe (recipe=target in a run)")
         if spec.format not in aim.activations:
             other = self._format(spec, aim.activations)
             if other is None:
@@ -346,12 +348,13 @@ class _Fitting:
 
 
 def check(target: str | Target, layer: str, kind: str, weight: TensorSpec | None, given: TensorSpec | None,
-          output: TensorSpec | None = None) -> None:
+          output: TensorSpec | None = None, dtype: str | None = None) -> None:
     """Hold one layer of a model against a target.
 
     Args:
         layer: its name, for the message. ``kind``: ``Linear``, ``Conv2d``, ...
         weight, given, output: specs of weight, input and output.
+        dtype: of the layer when it was float, in which the files of some targets hold scales; None: not known.
 
     Raises:
         UnsupportedError: the target cannot run it; the message says what would have to change.
@@ -360,8 +363,10 @@ def check(target: str | Target, layer: str, kind: str, weight: TensorSpec | None
     if aim.operators and kind not in (*aim.operators, "Embedding") and (weight or given):
         raise UnsupportedError(f"{layer}: {aim.name} runs no {kind} on integers, only {', '.join(aim.operators)}; give "
                                "it a rule with keep: float32")
-    if kind == "Embedding":
+    if kind == "Embedding" and kind not in aim.operators:
         return
+    if aim.scale_dtype == "model":
+        aim = replace(aim, scale_dtype=dtype or "float32")
     specs: dict[str, Any] = {"weight": weight, "input": given, "output": output}
     for role, spec in ((k, v) for k, v in specs.items() if v is not None):
         fitting = _Fitting(aim)

@@ -170,7 +170,8 @@ def check_target(model: nn.Module, target: str) -> None:
     for name, module in modules.items():
         if not isinstance(module, Composite):
             given = module.plan.input if module.input_quantizer is None else module.input_quantizer.spec
-            targets.check(aim, name, module.plan.kind, module.plan.weight, given, module.plan.output)
+            targets.check(aim, name, module.plan.kind, module.plan.weight, given, module.plan.output,
+                          str(module.float_dtype).removeprefix("torch."))
 
 
 # -------------------------------------------------------------------------------------------------- manifests

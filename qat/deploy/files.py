@@ -90,7 +90,7 @@ def new_files(target: Path, voucher: str) -> Iterator[Path]:
     """
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder: this format is one file, choose another path")
-    temporary: str | None = None
+    new, temporary = not target.parent.exists(), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
@@ -109,6 +109,8 @@ def new_files(target: Path, voucher: str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if new and target.parent.is_dir() and not any(target.parent.iterdir()):
+            target.parent.rmdir()
 
 
 def measured(path: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ from qat.training.pruning import PruningSchedule
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters of torch and ONNX log of their own progress, and warn of one another."""
-    levels = {name: logging.getLogger(name).level for name in ("onnxscript", "onnx_ir", "torch.onnx")}
+    levels = {name: logging.getLogger(name).level for name in ("onnxscript", "onnx_ir", "torch.onnx", "gguf")}
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -366,7 +366,7 @@ class Run:
                 failed.append(f"{name}: {error}")
         if failed:
             words = ", ".join(f"{name} {size}" for name, size in found.items()) or "nothing"
-            raise NotExported(f"wrote {words}. Not written: {' '.join(failed)}")
+            raise NotExported("\n    ".join([f"wrote {words}", *(f"not {reason}" for reason in failed)]))
         return found
 
     def _source(self, format: str) -> dict[str, Any]:
