@@ -110,9 +110,11 @@ def _torch(deployed: nn.Module, target: str | None, made: Path, example_inputs: 
     leaves = pytree.tree_map(_zeros, dict(args) if isinstance(args, Mapping) else tuple(args))
     call = (", ".join(f"{name}={_python(value)}" for name, value in leaves.items()) if isinstance(leaves, dict)
             else ", ".join(map(_python, leaves)))
+    home = type(deployed).__module__
+    types = f"import {home}  # registers the type of its output\n" if home.startswith("transformers.") else ""
     return [("torch, which needs nothing of this package. Loading a .pt2 file can execute code that is in it: load "
              "only those that you trust", "python",
-             f'import torch\n\nmodel = torch.export.load("{made.name}").module()\nwith torch.no_grad():\n'
+             f'import torch\n{types}\nmodel = torch.export.load("{made.name}").module()\nwith torch.no_grad():\n'
              f"    output = model({call})")]
 
 

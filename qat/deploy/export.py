@@ -123,7 +123,7 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
             "files": {file.name: measured(file) for file in products},
             "card": {"file": card, "sha256": measured(describing / card)["sha256"]},
         }
-        content = json.dumps(manifest | {"digest": _digest(manifest)}, indent=1, sort_keys=True) + "\n"
+        content = json.dumps(manifest | {"digest": _digest(manifest)}, indent=1, sort_keys=True)
         write_synced(describing / manifest_of(path, made.is_dir()).name, content.encode())
     home = path if made == describing else path.parent
     return Exported(path, sizes, manifest_of(path, path.is_dir()), home / card)

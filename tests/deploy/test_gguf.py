@@ -208,7 +208,7 @@ def test_dequantizing_and_wrong_words(tmp_path: Path) -> None:
     assert torch.equal(values(read(tmp_path / "m.gguf")["token_embd.weight"]), deployed.model.embed_tokens.weight)
     with pytest.raises(UnsupportedError, match="did you mean 'TQ2_0'"):
         export(deployed, tmp_path / "m.gguf", "gguf", ternary="TQ2")
-    with pytest.raises(UnsupportedError, match="did you mean .llama_cpp"):
+    with pytest.raises(UnsupportedError, match="did you mean 'llama_cpp'"):
         export(deployed, tmp_path / "m.gguf", "gguf", target="ollama")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         export(deployed, tmp_path / "n.gguf", "gguf", dequantize=True, source=tmp_path)
