@@ -1,7 +1,7 @@
 """compressed-tensors: a folder that ``transformers`` and vLLM load as it is.
 
 The folder holds ``config.json`` with a ``quantization_config``, ``model.safetensors`` (or shards and their index), what
-belongs to tokenizer and generation, and a model card. Codes and scales are those of the deployed model:
+belongs to tokenizer and generation. Codes and scales are those of the deployed model:
 
     pack-quantized   ``weight_packed`` int32 (out, ceil(in * bits / 32)): fields ``level + 2^(bits-1)`` of a row, the
                      first in the lowest bits; ``weight_shape`` int64 (2,): weight-only layers, and weights below 8 bits
@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.deploy.card import model_card
 from qat.deploy.checkpoint import file_names, shards, write_tensors
-from qat.deploy.files import new_folder, write_synced
+from qat.deploy.files import write_synced
 from qat.deploy.weights import exactly, other_tensors, weight_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.modules.base import QuantizedModule
@@ -49,8 +48,8 @@ Scheme = dict[str, Any]
 
 
 def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: str | None = None, *,
-          source: str | os.PathLike[str] | None = None, dequantize: bool | Iterable[str] = False) -> None:
-    """Write the folder ``path``.
+          source: str | os.PathLike[str] | None = None, dequantize: bool | Iterable[str] = False) -> list[str]:
+    """Fill the empty folder ``path``; returns what a user must know of it, for the card.
 
     Args:
         deployed: a model of transformers, whose ``config`` is written too.
@@ -64,7 +63,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
 
     Raises:
         UnsupportedError: what cannot be written exactly, with the layer's name and the remedy.
-        CheckpointError: ``path`` is something else already, or cannot be written; ``source`` is no folder.
+        CheckpointError: ``source`` is no folder.
     """
     if target not in (None, *TARGETS):
         raise UnsupportedError(f"unknown target {target!r}{nearest(str(target), TARGETS)}; targets of this format are "
@@ -76,24 +75,11 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     layers, floats, tensors = _layers(deployed, target or "transformers", dequantize)
     settings = _config(deployed, config, layers)
     extra = _copied(deployed, source)
-    with new_folder(path, _is_export) as folder:
-        for name, origin in extra.items():
-            content = origin if isinstance(origin, bytes) else origin.read_bytes()
-            write_synced(folder / name, content)
-        write_synced(folder / "config.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
-        _write_shards(folder, tensors)
-        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-        notes = _notes(deployed, floats, layers)
-        card = model_card(deployed, "compressed-tensors", _loading(layers, target), sizes, notes)
-        write_synced(folder / "README.md", card.encode())
-
-
-def _is_export(folder: Path) -> bool:
-    """Whether a folder is one that this module writes."""
-    try:
-        return "quantization_config" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
+    for name, origin in extra.items():
+        write_synced(path / name, origin if isinstance(origin, bytes) else origin.read_bytes())
+    write_synced(path / "config.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    _write_shards(path, tensors)
+    return _notes(deployed, floats, layers)
 
 
 # -------------------------------------------------------------------------------------------------- layers
@@ -273,18 +259,6 @@ def _copied(deployed: nn.Module, source: str | os.PathLike[str] | None) -> dict[
         raise CheckpointError(f"source={str(folder)!r} is not the folder of the float model")
     return found | {file.name: file for file in sorted(folder.iterdir())
                     if file.is_file() and any(fnmatch.fnmatchcase(file.name, glob) for glob in COPIED)}
-
-
-# -------------------------------------------------------------------------------------------------- card
-
-
-def _loading(layers: Mapping[str, Scheme], target: str | None) -> dict[str, str]:
-    found = {"transformers (with the package compressed-tensors)": (
-        "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("<this folder>")')}
-    if target == "vllm":
-        found["vLLM"] = "vllm serve <this folder>"
-    return found
 
 
 def _notes(deployed: nn.Module, floats: list[str], layers: Mapping[str, Scheme]) -> list[str]:
