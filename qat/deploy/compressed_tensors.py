@@ -215,8 +215,12 @@ def pack_rows(levels: Tensor, bits: int) -> Tensor:
 def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> dict[str, Any]:
     """``config.json``: the model's own, and how it is quantized.
 
-    The commonest scheme of linear layers has the target ``Linear``; layers of all others are named, and names win.
+    The commonest scheme of linear layers has the target ``Linear``; layers of all others are named, and names win. The
+    head is named in any case: to vLLM its type is not ``Linear``.
     """
+    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
+    head = find_head()
+    heads = [name for name in layers if deployed.get_submodule(name) is head]
     groups: dict[str, list[str]] = {}
     for name, scheme in layers.items():
         groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(name)
@@ -226,15 +230,14 @@ def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> d
     for number, key in enumerate(sorted(groups, key=lambda key: (key == main, groups[key]))):
         scheme = json.loads(key)
         del scheme["kind"]
-        config_groups[f"group_{number}"] = {"targets": ["Linear"] if key == main else groups[key], **scheme}
+        targets = ["Linear", *(n for n in groups[key] if n in heads)] if key == main else groups[key]
+        config_groups[f"group_{number}"] = {"targets": targets, **scheme}
     formats = {group["format"] for group in config_groups.values()}
     ignore = [name for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     settings = dict(config.to_diff_dict())
     settings["architectures"] = settings.get("architectures") or [type(deployed).__name__]
     settings["dtype"] = _called(_dtype(weight_layers(deployed)))
-    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
-    head = find_head()
-    if _copies(deployed, layers) or any(deployed.get_submodule(name) is head for name in layers):
+    if _copies(deployed, layers) or heads:
         settings["tie_word_embeddings"] = False
     settings["quantization_config"] = {
         "quant_method": "compressed-tensors", "quantization_status": "compressed",
