@@ -13,13 +13,18 @@ the tensor. :func:`recipe` is a recipe for it. Rows of ``q_proj`` and ``k_proj``
 neighbouring channels and transformers turns halves.
 
 The runtime quantizes activations itself, in blocks; layers that were trained with quantized inputs are refused.
+
+``qat.sha256`` in the metadata is the checksum of the file with 64 zeros in its place; :func:`check` compares it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import mmap
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +46,10 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 """``model_type`` of a config -> architecture of the file."""
 INTERLEAVED = ("llama",)
 """Architectures whose rotary embedding turns neighbouring channels."""
+LAYERS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+"""What a block multiplies by."""
 TERNARY = ("TQ2_0", "TQ1_0", "Q4_0")
+CHECKSUM = "qat.sha256"
 FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0", "TQ1_0": "MOSTLY_TQ1_0", "TQ2_0": "MOSTLY_TQ2_0"}
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -108,6 +116,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     tokenizer = None if source is None else _read_tokenizer(Path(source), config.vocab_size, pre)
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
+        writer.add_string(CHECKSUM, "0" * 64)
         _describe(writer, config, Counter(kind.name for data, kind in tensors.values() if data.ndim == 2))
         if tokenizer is None:
             writer.add_tokenizer_model("none")
@@ -119,6 +128,43 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        with open(temporary, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            place = _checksum_at(content)
+            assert place is not None
+            content[place:place + 64] = _checksum(content, place).encode()
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Compare a file with the checksum that :func:`write` put into it; files of others have none.
+
+    Raises:
+        CheckpointError: it cannot be read, is not GGUF, or is not what was written.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content[:4] != b"GGUF":
+                raise CheckpointError(f"{path} is not a GGUF file: write one with qat.export(..., format='gguf')")
+            place = _checksum_at(content)
+            if place is not None and content[place:place + 64] != _checksum(content, place).encode():
+                raise CheckpointError(f"{path} is damaged: it is not what its checksum {CHECKSUM} says; export it "
+                                      "again")
+    except (OSError, ValueError) as error:              # mmap has a ValueError for an empty file
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _checksum_at(content: mmap.mmap) -> int | None:
+    """Where the 64 digits are: the entry is the second of the metadata."""
+    entry = struct.pack(f"<Q{len(CHECKSUM)}sIQ", len(CHECKSUM), CHECKSUM.encode(), gguf.GGUFValueType.STRING, 64)
+    place = content.find(entry, 0, 4096)
+    return None if place < 0 else place + len(entry)
+
+
+def _checksum(content: mmap.mmap, place: int) -> str:
+    """The checksum of a file with zeros for the checksum."""
+    digest = hashlib.sha256(content[:place] + b"0" * 64)
+    for start in range(place + 64, len(content), 1 << 24):
+        digest.update(content[start:start + (1 << 24)])
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- tensors
@@ -158,6 +204,14 @@ def _tensors(deployed: nn.Module, architecture: str, ternary: str,
     for name, value in other_tensors(deployed, modules):
         add(name, _floats(value[_order(name.rpartition(".")[0], len(value), config, architecture)]))
     return found
+
+
+def layer_names(architecture: str, blocks: int) -> dict[str, str]:
+    """Names of weights in a file -> names of layers in transformers."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], blocks)
+    layers = ["model.embed_tokens", "lm_head",
+              *(f"model.layers.{block}.{layer}" for block in range(blocks) for layer in LAYERS)]
+    return {f"{home}.weight": layer for layer in layers if (home := names.get_name(layer)) is not None}
 
 
 def _order(name: str, rows: int, config: Any, architecture: str) -> Tensor:

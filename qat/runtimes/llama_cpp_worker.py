@@ -4,7 +4,7 @@
 
 Requests come on standard input, replies go to standard output; each is one line of JSON. A request ``{"tokens": [[..],
 ..]}`` is answered by ``{"shape": [sequences, tokens, vocabulary], "operators": [..]}`` and that many float32 numbers;
-an error by ``{"error": ..}``. The first line says ``{"architecture": ..}`` or what llama.cpp has against the file.
+``{"text": ..}`` by ``{"tokens": [..]}``; an error by ``{"error": ..}``. The first line says ``{"architecture": ..}`` or what llama.cpp has against the file.
 
 Keys, values and attention are float32, so that what is left of differences comes from the products with weights.
 """
@@ -67,7 +67,7 @@ class Graph:
             weight, values = node.src[0].contents, node.src[1].contents
             if weight.name.decode().endswith(".weight"):
                 kind = self.type_name(values.type)
-                if self.op_name(node.op) != "GET_ROWS":         # the CPU turns activations into what the weight's dot takes
+                if self.op_name(node.op) != "GET_ROWS":         # activations become what the weight's kernel takes
                     kind = self.type_name(self.traits(weight.type).contents.vec_dot_type)
                 buffer = self.buffer_name(weight.buffer) if weight.buffer else ""
                 key = (weight.name.decode(), self.op_name(node.op), buffer, kind, self.type_name(weight.type),
@@ -81,9 +81,20 @@ def reply(out: BinaryIO, content: dict[str, Any], data: bytes = b"") -> None:
     out.flush()
 
 
+def tokenized(library: Any, model: Any, text: bytes) -> dict[str, Any]:
+    """A text in tokens, special ones in it recognized."""
+    vocabulary = library.llama_model_get_vocab(model)
+    if not library.llama_vocab_type(vocabulary):        # LLAMA_VOCAB_TYPE_NONE: llama.cpp would end the process
+        return {"error": "the file has no tokenizer: give source= when exporting"}
+    tokens = (ctypes.c_int32 * (len(text) + 8))()
+    count = library.llama_tokenize(vocabulary, text, len(text), tokens, len(tokens), True, True)
+    return {"tokens": list(tokens[:count])} if count >= 0 else {"error": f"llama_tokenize: {count}"}
+
+
 def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)                                   # what llama.cpp prints goes to standard error
+    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))      # where another llama_cpp lies
     import llama_cpp as library
     import numpy as np
 
@@ -98,14 +109,19 @@ def main() -> None:
     if not model:
         return reply(out, {"error": "".join(said).strip()})
     vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    description = ctypes.create_string_buffer(128)
-    library.llama_model_desc(model, description, 128)
+    architecture = ctypes.create_string_buffer(128)
+    library.llama_model_meta_val_str(model, b"general.architecture", architecture, 128)
     graph = Graph(os.path.join(os.path.dirname(library.__file__), "lib"))
     callback = library.llama_cpp.ggml_backend_sched_eval_callback(graph.see)
-    reply(out, {"description": description.value.decode(), "length": library.llama_model_n_ctx_train(model),
-                "vocabulary": vocabulary, "system": library.llama_print_system_info().decode()})
+    reply(out, {"architecture": architecture.value.decode(), "blocks": library.llama_model_n_layer(model),
+                "length": library.llama_model_n_ctx_train(model), "vocabulary": vocabulary,
+                "system": library.llama_print_system_info().decode()})
     for line in sys.stdin.buffer:
-        tokens = np.array(json.loads(line)["tokens"], dtype=np.int32)
+        request = json.loads(line)
+        if "text" in request:
+            reply(out, tokenized(library, model, request["text"].encode()))
+            continue
+        tokens = np.array(request["tokens"], dtype=np.int32)
         settings = library.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens.shape[1]
         settings.n_threads = settings.n_threads_batch = int(sys.argv[2])
