@@ -45,6 +45,9 @@ COPIED = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "add
           "generation_config.json", "*.model")
 """Files of the float model's folder that go along."""
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM computes as one."""
+
 Scheme = dict[str, Any]
 
 
@@ -121,9 +124,34 @@ def _layers(deployed: nn.Module, target: str, dequantize: bool | Iterable[str],
         tensors |= {f"{name}.{key}": value for key, value in (own | weight).items()}
     if not schemes:
         raise UnsupportedError("no layer of this model would be integers in the file: save the float model instead")
+    if target == "vllm":
+        _check_fused(deployed, schemes, tensors)
     tensors |= dict(other_tensors(deployed, modules))
     tensors = {name: value.cpu().contiguous() for name, value in sorted(tensors.items())}
     return schemes, [name for name in modules if name not in schemes], tensors
+
+
+def _check_fused(deployed: nn.Module, schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> None:
+    """Layers that vLLM makes one of have one scheme, and quantize the input that they share in one way.
+
+    Raises:
+        UnsupportedError: they have not.
+    """
+    for owner, module in deployed.named_modules():
+        for together in FUSED:
+            names = [f"{owner}.{name}".lstrip(".") for name in together
+                     if isinstance(getattr(module, name, None), nn.Module)]
+            if len(names) < 2:
+                continue
+            first, *others = [(schemes.get(name), *(tensors.get(f"{name}.{key}") for key in (
+                "input_scale", "input_zero_point"))) for name in names]
+            for name, other in zip(names[1:], others):
+                if first[0] != other[0]:
+                    raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and they are "
+                                           "quantized in different ways: one rule for all of them")
+                if any(a is not None and b is not None and not torch.equal(a, b) for a, b in zip(first[1:], other[1:])):
+                    raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and the scales of "
+                                           "their input differ: leave out learned: of the input's spec, or dynamic: true")
 
 
 def _dtype(modules: Mapping[str, QuantizedModule]) -> torch.dtype:

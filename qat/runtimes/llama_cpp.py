@@ -54,6 +54,7 @@ class LlamaCppSession(Session):
                 [python(), str(WORKER), str(path), str(torch.get_num_threads())], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=self._said)
         except OSError as error:
+            self._said.close()
             raise UnsupportedError(f"{PYTHON}={python()!r} cannot be started: {error}") from None
         self._operators: list[Operator] = []
         try:

@@ -82,7 +82,7 @@ FLOATS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases, llama3": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama, wide heads": ("Llama", {"head_dim": 24, "num_key_value_heads": 1}),
-    "llama, all heads, three": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}),
+    "llama, all heads, three": ("Llama", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}),
     "mistral": ("Mistral", {"sliding_window": 64}),
     "qwen2": ("Qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -144,9 +144,8 @@ def test_products_are_those_of_int8_activations(tmp_path: Path, case: str) -> No
     emulated = logits(deployed, tokens, {name: blocks for name in layers if name != "model.embed_tokens"})
     assert error(actual, plain) < 0.1
     assert (actual.argmax(-1) == plain.argmax(-1)).float().mean() > 0.9
-    print("FIG", case, "plain", error(actual, plain), "argmax", float((actual.argmax(-1) == plain.argmax(-1)).float().mean()),
-          "emulated", error(actual, emulated), "bytes", path.stat().st_size, operators["model.layers.0.mlp.down_proj"])
-    assert error(actual, emulated) < 0.2 * error(actual, plain)
+    rows = (actual - emulated).norm(dim=-1) / emulated.norm(dim=-1)
+    assert rows.median() < 1e-6             # not all: where float32 sums differ, a code flips now and then
     assert error(alone, actual[1:]) < 0.02
     assert error(few, actual[:, :3]) < 0.02
 
@@ -165,8 +164,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     export(deployed_model("Llama", writer.recipe()), path, "gguf")
     good = path.read_bytes()
-    damages = {"cut": good[:-100], "longer": good + b"\0", "half": good[:len(good) // 2], "empty": b"", "header": good[:20],
-               "other": b"PK" + good[2:], "bit": good[:-5000] + bytes([good[-5000] ^ 1]) + good[-4999:],
+    damages = {"cut": good[:-100], "longer": good + b"\0", "half": good[:len(good) // 2], "empty": b"",
+               "header": good[:20], "other": b"PK" + good[2:], "bit": good[:-5000] + bytes([good[-5000] ^ 1]) + good[-4999:],
                "setting": good.replace(b"llama.block_count", b"llama.block_cound")}
     for damage, content in damages.items():
         assert content != good
