@@ -87,7 +87,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
         _write_shards(folder, tensors)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
         notes = _notes(deployed, floats, layers)
-        card = model_card(deployed, "compressed-tensors", _loading(layers, target), sizes, notes)
+        card = model_card(deployed, "compressed-tensors", _loading(settings["dtype"], target), sizes, notes)
         write_synced(folder / "README.md", card.encode())
 
 
@@ -143,15 +143,16 @@ def _check_fused(deployed: nn.Module, schemes: Mapping[str, Scheme], tensors: Ma
                      if isinstance(getattr(module, name, None), nn.Module)]
             if len(names) < 2:
                 continue
-            first, *others = [(schemes.get(name), *(tensors.get(f"{name}.{key}") for key in (
-                "input_scale", "input_zero_point"))) for name in names]
-            for name, other in zip(names[1:], others):
-                if first[0] != other[0]:
+            for name in names[1:]:
+                if schemes.get(name) != schemes.get(names[0]):
                     raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and they are "
                                            "quantized in different ways: one rule for all of them")
-                if any(a is not None and b is not None and not torch.equal(a, b) for a, b in zip(first[1:], other[1:])):
-                    raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and the scales of "
-                                           "their input differ: leave out learned: of the input's spec, or dynamic: true")
+                for key in ("input_scale", "input_zero_point"):
+                    one, other = tensors.get(f"{names[0]}.{key}"), tensors.get(f"{name}.{key}")
+                    if one is not None and other is not None and not torch.equal(one, other):
+                        raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and the scales "
+                                               "of their input differ: observe it instead of learning them, or use "
+                                               "dynamic: true")
 
 
 def _dtype(modules: Mapping[str, QuantizedModule]) -> torch.dtype:
@@ -309,12 +310,12 @@ def _copied(deployed: nn.Module, source: str | os.PathLike[str] | None) -> dict[
 # -------------------------------------------------------------------------------------------------- card
 
 
-def _loading(layers: Mapping[str, Scheme], target: str | None) -> dict[str, str]:
+def _loading(dtype: str, target: str | None) -> dict[str, str]:
     found = {"transformers (with the package compressed-tensors)": (
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("<this folder>")')}
     if target == "vllm":
-        found["vLLM"] = "vllm serve <this folder>"
+        found["vLLM"] = f"vllm serve <this folder> --dtype {dtype}"      # by itself it runs float32 models in bfloat16
     return found
 
 

@@ -48,7 +48,7 @@ class LlamaCppSession(Session):
     def __init__(self, path: Path) -> None:
         check(path)
         self.path = path
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  close() closes it
         try:
             self.process = subprocess.Popen(
                 [python(), str(WORKER), str(path), str(torch.get_num_threads())], stdin=subprocess.PIPE,

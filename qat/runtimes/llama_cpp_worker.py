@@ -2,9 +2,12 @@
 
     python llama_cpp_worker.py FILE THREADS          # FILE: what `qat.deploy.gguf` wrote
 
-Requests come on standard input, replies go to standard output; each is one line of JSON. A request ``{"tokens": [[..],
-..]}`` is answered by ``{"shape": [sequences, tokens, vocabulary], "operators": [..]}`` and that many float32 numbers;
-``{"text": ..}`` by ``{"tokens": [..]}``; an error by ``{"error": ..}``. The first line says ``{"architecture": ..}`` or what llama.cpp has against the file.
+Requests come on standard input, replies go to standard output; each is one line of JSON:
+
+    (first)                         {"architecture": .., "blocks": .., "length": .., "vocabulary": .., "system": ..}
+    {"tokens": [[..], ..]}          {"shape": [sequences, tokens, vocabulary], "operators": [..]}, then float32 numbers
+    {"text": ..}                    {"tokens": [..]}
+    (anything)                      {"error": ..}, what llama.cpp has against it
 
 Keys, values and attention are float32, so that what is left of differences comes from the products with weights.
 """

@@ -165,14 +165,13 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     export(deployed_model("Llama", writer.recipe()), path, "gguf")
     good = path.read_bytes()
     damages = {"cut": good[:-100], "longer": good + b"\0", "half": good[:len(good) // 2], "empty": b"",
-               "header": good[:20], "other": b"PK" + good[2:], "bit": good[:-5000] + bytes([good[-5000] ^ 1]) + good[-4999:],
+               "header": good[:20], "other": b"PK" + good[2:], "bit": good[:-50] + bytes([good[-50] ^ 1]) + good[-49:],
                "setting": good.replace(b"llama.block_count", b"llama.block_cound")}
     for damage, content in damages.items():
-        assert content != good
+        assert content != good, damage
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"m\.gguf"):
             RUNTIME.open(path)
-            pytest.fail(damage)
     with pytest.raises(CheckpointError, match="nothing"):
         RUNTIME.open(tmp_path / "nothing.gguf")
     path.write_bytes(good.replace(b"qat.sha256", b"qat.sha257")[:-100])      # as of others: llama.cpp checks the sizes
@@ -187,7 +186,7 @@ def test_what_it_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for wrong in (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)):
             with pytest.raises(UnsupportedError, match="integer tensor"):
                 session(wrong)
-        with pytest.raises(UnsupportedError, match="the vocabulary of .* has 301"):
+        with pytest.raises(UnsupportedError, match=r"the vocabulary of .* has 301"):
             session(torch.tensor([[301]]))
         with pytest.raises(UnsupportedError, match="attention_mask"):
             session({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "attention_mask": torch.tensor([[0, 1]])})

@@ -19,9 +19,10 @@ def main(folder: str, given: str, out: str) -> None:
     with open(given) as file:
         tokens = json.load(file)
     with open(os.path.join(folder, "config.json")) as file:
-        size = json.load(file)["vocab_size"]
-    engine = LLM(folder, enforce_eager=True, max_model_len=64, max_num_seqs=2, max_logprobs=size, seed=0,
-                 enable_prefix_caching=False, kv_cache_memory_bytes=64 << 20)
+        settings = json.load(file)
+    size = settings["vocab_size"]
+    engine = LLM(folder, dtype=settings["dtype"], enforce_eager=True, max_model_len=64, max_num_seqs=2,
+                 max_logprobs=size, seed=0, enable_prefix_caching=False, kv_cache_memory_bytes=64 << 20)
     model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
     kernels = {name: type(getattr(module.scheme, "kernel", None)).__name__
                for name, module in model.named_modules() if hasattr(module, "scheme")}
