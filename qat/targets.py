@@ -310,7 +310,7 @@ class _Fitting:
         aim = self.target
         if not aim.activations:
             raise self.refuse(rule, f"{spec} activations", "it has floating point activations; drop the "
-                              f"input: spec, or begin with its default_recipe (recipe=target in a run)")
+                              "input: spec, or begin with its default_recipe (recipe=target in a run)")
         if spec.format not in aim.activations:
             other = self._format(spec, aim.activations)
             if other is None:

@@ -93,7 +93,10 @@ def _transformers(deployed: nn.Module, target: str | None, made: Path, example_i
     name = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
     found = [("transformers, with the package compressed-tensors", "python",
               f'from transformers import {name}\n\nmodel = {name}.from_pretrained(".").eval()')]
-    return [*found, ("vLLM", "bash", "vllm serve .")] if target == "vllm" else found
+    kinds = (p.dtype for p in deployed.parameters() if p.is_floating_point())
+    dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
+    # by itself vLLM runs float32 models in bfloat16
+    return [*found, ("vLLM", "bash", f"vllm serve . --dtype {dtype}")] if target == "vllm" else found
 
 
 def _llama_cpp(deployed: nn.Module, target: str | None, made: Path, example_inputs: Any) -> Code:

@@ -44,6 +44,9 @@ COPIED = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "add
           "generation_config.json", "*.model")
 """Files of the float model's folder that go along."""
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM computes as one."""
+
 Scheme = dict[str, Any]
 
 
@@ -107,9 +110,35 @@ def _layers(deployed: nn.Module, target: str, dequantize: bool | Iterable[str],
         tensors |= {f"{name}.{key}": value for key, value in (own | weight).items()}
     if not schemes:
         raise UnsupportedError("no layer of this model would be integers in the file: save the float model instead")
+    if target == "vllm":
+        _check_fused(deployed, schemes, tensors)
     tensors |= dict(other_tensors(deployed, modules))
     tensors = {name: value.cpu().contiguous() for name, value in sorted(tensors.items())}
     return schemes, [name for name in modules if name not in schemes], tensors
+
+
+def _check_fused(deployed: nn.Module, schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> None:
+    """Layers that vLLM makes one of have one scheme, and quantize the input that they share in one way.
+
+    Raises:
+        UnsupportedError: they have not.
+    """
+    for owner, module in deployed.named_modules():
+        for together in FUSED:
+            names = [f"{owner}.{name}".lstrip(".") for name in together
+                     if isinstance(getattr(module, name, None), nn.Module)]
+            if len(names) < 2:
+                continue
+            for name in names[1:]:
+                if schemes.get(name) != schemes.get(names[0]):
+                    raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and they are "
+                                           "quantized in different ways: one rule for all of them")
+                for key in ("input_scale", "input_zero_point"):
+                    one, other = tensors.get(f"{names[0]}.{key}"), tensors.get(f"{name}.{key}")
+                    if one is not None and other is not None and not torch.equal(one, other):
+                        raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and the scales "
+                                               "of their input differ: observe it instead of learning them, or use "
+                                               "dynamic: true")
 
 
 def _dtype(modules: Mapping[str, QuantizedModule]) -> torch.dtype:
@@ -201,8 +230,12 @@ def pack_rows(levels: Tensor, bits: int) -> Tensor:
 def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> dict[str, Any]:
     """``config.json``: the model's own, and how it is quantized.
 
-    The commonest scheme of linear layers has the target ``Linear``; layers of all others are named, and names win.
+    The commonest scheme of linear layers has the target ``Linear``; layers of all others are named, and names win. The
+    head is named in any case: to vLLM its type is not ``Linear``.
     """
+    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
+    head = find_head()
+    heads = [name for name in layers if deployed.get_submodule(name) is head]
     groups: dict[str, list[str]] = {}
     for name, scheme in layers.items():
         groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(name)
@@ -212,15 +245,14 @@ def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> d
     for number, key in enumerate(sorted(groups, key=lambda key: (key == main, groups[key]))):
         scheme = json.loads(key)
         del scheme["kind"]
-        config_groups[f"group_{number}"] = {"targets": ["Linear"] if key == main else groups[key], **scheme}
+        targets = ["Linear", *(n for n in groups[key] if n in heads)] if key == main else groups[key]
+        config_groups[f"group_{number}"] = {"targets": targets, **scheme}
     formats = {group["format"] for group in config_groups.values()}
     ignore = [name for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     settings = dict(config.to_diff_dict())
     settings["architectures"] = settings.get("architectures") or [type(deployed).__name__]
     settings["dtype"] = _called(_dtype(weight_layers(deployed)))
-    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
-    head = find_head()
-    if _copies(deployed, layers) or any(deployed.get_submodule(name) is head for name in layers):
+    if _copies(deployed, layers) or heads:
         settings["tie_word_embeddings"] = False
     settings["quantization_config"] = {
         "quant_method": "compressed-tensors", "quantization_status": "compressed",

@@ -40,6 +40,8 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 """``model_type`` of a config -> architecture of the file."""
 INTERLEAVED = ("llama",)
 """Architectures whose rotary embedding turns neighbouring channels."""
+LAYERS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+"""What a block multiplies by."""
 TERNARY = ("TQ2_0", "TQ1_0", "Q4_0")
 FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0", "TQ1_0": "MOSTLY_TQ1_0", "TQ2_0": "MOSTLY_TQ2_0"}
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
@@ -165,6 +167,14 @@ def _tensors(deployed: nn.Module, architecture: str, ternary: str,
     for name, value in other_tensors(deployed, modules):
         add(name, _floats(value[_order(name.rpartition(".")[0], len(value), config, architecture)]))
     return found
+
+
+def layer_names(architecture: str, blocks: int) -> dict[str, str]:
+    """Names of weights in a file -> names of layers in transformers."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], blocks)
+    layers = ["model.embed_tokens", "lm_head",
+              *(f"model.layers.{block}.{layer}" for block in range(blocks) for layer in LAYERS)]
+    return {f"{home}.weight": layer for layer in layers if (home := names.get_name(layer)) is not None}
 
 
 def _order(name: str, rows: int, config: Any, architecture: str) -> Tensor:
