@@ -379,6 +379,7 @@ class Run:
             prune=None if recipe is None else config["prune"],
             pruned_shapes=None if recipe is None else channel_shapes(self.folder),
             scale_lr_factor=self.schedule["scale_learning_rate"],
+            offset_lr_factor=1.0 if recipe is None else self.schedule.get("offset_learning_rate", 1.0),
             seed=config["seed"],
             compile=config["compile"],
         )
