@@ -113,7 +113,8 @@ class QuantizedTraining(L.LightningModule):
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
             "prune": prune, "pruned_shapes": pruned_shapes or {}, "scale_lr_factor": scale_lr_factor,
-            "offset_lr_factor": offset_lr_factor, "target_key": target_key, "seed": seed, "compile": compile, "distill": distill,
+            "offset_lr_factor": offset_lr_factor, "target_key": target_key, "seed": seed, "compile": compile,
+            "distill": distill,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
