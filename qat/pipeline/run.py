@@ -285,12 +285,17 @@ class Run:
         return self._fit("float", module, self.float_budget)
 
     def _control(self) -> dict[str, Any]:
-        """More float training with the very budget of the quantized training: length, learning rate, batches.
+        """More float training with the very budget of the quantized training: length, batches, and learning rate.
+
+        ``schedule.control_learning_rate`` is for quantized networks that need another rate than float ones: the control
+        then has the one that is best for it, instead of looking worse than it is.
 
         A teacher from elsewhere teaches the control too (and the float model before it). A run's own float model does
         if ``distill.control`` says so: its probabilities are less noisy than labels, so float gains by them as well.
         """
-        module = self._module(None, self.schedule["learning_rate"], learns=self.distill.get("control", False))
+        rate = self.schedule.get("control_learning_rate")
+        rate = self.schedule["learning_rate"] if rate is None else rate
+        module = self._module(None, rate, learns=self.distill.get("control", False))
         module.configure_model()
         cast(nn.Module, module.network).load_state_dict(self._load("float").state_dict())
         return self._fit("control", module, self.extra_budget)
@@ -456,6 +461,7 @@ class Run:
             prune=None if recipe is None else config["prune"],
             pruned_shapes=None if recipe is None else channel_shapes(self.folder),
             scale_lr_factor=self.schedule["scale_learning_rate"],
+            offset_lr_factor=1.0 if recipe is None else self.schedule.get("offset_learning_rate", 1.0),
             seed=config["seed"],
             compile=config["compile"],
         )

@@ -64,6 +64,14 @@ def test_the_language_model_is_taught_as_was_measured():
     assert {key for key in config if config[key] != alone[key]} == {"distill"}
 
 
+def test_binary_weights_of_the_language_model_learn_faster_than_those_of_its_control():
+    config, plain = (run_config(composed(f"experiment={name}", "recipe=w1a8")) for name in ("lm_one_bit", "lm_taught"))
+    assert {key for key in config if config[key] != plain[key]} == {"recipe", "schedule"}
+    assert config["schedule"]["control_learning_rate"] == plain["schedule"]["learning_rate"] == 0.3
+    assert config["schedule"]["learning_rate"] > 0.3
+    assert config["schedule"]["epochs"] == plain["schedule"]["epochs"]
+
+
 def test_every_preset_has_a_recipe_config():
     presets = set()
     for path in (CONF / "recipe").glob("*.yaml"):
