@@ -135,6 +135,7 @@ class Planner:
         self.check_groups()
         self.fix_ranges()
         self.settle_ties()
+        self.settle_requantizing()
         self.result.batch_norms = [n for n, m in self.modules.items() if type(m) in BATCH_NORMS]
         if self.trace is not None:
             self.fold_batch_norms()
@@ -505,6 +506,17 @@ class Planner:
                 for c in (self.trace.functions if self.trace else ())
                 if not str(c.function).startswith("~") and c.owner not in (*aliases, product.owner)
                 and any(_join(a, product.attribute) in c.parameters for a in aliases)]
+
+    def settle_requantizing(self) -> None:
+        """Codes are made of codes where the recipe says so and every scale stands still."""
+        if not self.recipe.requantize:
+            return
+        for plan in self.result.layers.values():
+            plan.requantize = plan.kind == "Add" and plan.output is not None
+        for plan in (product.plan for product in self.products().values()):
+            static = plan.input is not None and not plan.input.dynamic and plan.input.granularity == "per_tensor"
+            if static and plan.weight is not None and plan.weight.granularity != "per_group":
+                plan.requantize = True
 
     # ------------------------------------------------------------------ what follows from who feeds whom
 

@@ -39,6 +39,8 @@ most), ``hadamard`` (``seed`` of the signs; whether to rotate the residual ``str
 Options of roundings: ``qat/calibration/gptq.py``, ``rounding.py`` and ``reconstruction.py`` explain them where they use
 them.
 """
+_WHOLE = ("name", "backward_dtype", "edges", "calibration", "absorb", "requantize")
+"""Keys of a recipe beside its rules."""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
 
@@ -177,6 +179,9 @@ class Recipe:
         calibration: algorithms that ``calibrate`` runs beside the ranges, see :data:`CALIBRATIONS`: names, or
             ``{name: {option: value}}``. They run in the order of that table, whatever the order here.
         absorb: whether ReLUs in front of quantizers become part of them, whose codes are unsigned then.
+        requantize: whether static layers go from integers to integers as runtimes with int32 biases do: biases are
+            whole steps of the accumulator (scale_x * scale_w), and codes of the output are made of accumulators (and
+            of the codes of sums) in one multiplication.
         name: the preset's name, for reports.
     """
 
@@ -185,13 +190,15 @@ class Recipe:
     edges: str = "same"
     calibration: tuple[Algorithm, ...] = ()
     absorb: bool = True
+    requantize: bool = False
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "calibration", algorithms(self.calibration))
-        if not isinstance(self.absorb, bool):
-            raise RecipeError(f"absorb: is true or false, not {self.absorb!r}")
+        for switch in ("absorb", "requantize"):
+            if not isinstance(getattr(self, switch), bool):
+                raise RecipeError(f"{switch}: is true or false, not {getattr(self, switch)!r}")
         for key, value, known in (("backward_dtype", self.backward_dtype, BACKWARD_DTYPES),
                                   ("edges", self.edges, EDGES)):
             if value not in known:
@@ -205,6 +212,8 @@ class Recipe:
             result = {"name": self.name, **result}
         if not self.absorb:
             result["absorb"] = False
+        if self.requantize:
+            result["requantize"] = True
         result["rules"] = [rule.to_dict() for rule in self.rules]
         if self.calibration:
             result["calibration"] = [a.to_dict() for a in self.calibration]
@@ -222,12 +231,11 @@ class Recipe:
         if "preset" in data:
             overrides = {k: v for k, v in data.items() if k != "preset"}
             return cls.preset(str(data["preset"]), **overrides)
-        _check_keys("a recipe", data, ("name", "backward_dtype", "edges", "rules", "calibration", "absorb"))
+        _check_keys("a recipe", data, (*_WHOLE, "rules"))
         rules = data.get("rules") or ()
         if not isinstance(rules, list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
-        values: dict[str, Any] = {k: data[k] for k in ("name", "backward_dtype", "edges", "absorb")
-                                  if data.get(k) is not None}
+        values: dict[str, Any] = {k: data[k] for k in _WHOLE if k != "calibration" and data.get(k) is not None}
         return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
                    calibration=algorithms(data.get("calibration") or ()), **values)
 
@@ -254,14 +262,14 @@ class Recipe:
         """The preset called ``name``.
 
         Args:
-            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``; ``weight`` and ``input``: dicts that
-                change single keys of the specs of the preset's general rule; ``rules``: rules put in front of the
-                preset's.
+            overrides: ``backward_dtype``, ``edges``, ``calibration``, ``absorb``, ``requantize``; ``weight`` and
+                ``input``: dicts that change single keys of the specs of the preset's general rule; ``rules``: rules
+                put in front of the preset's.
         """
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")
         _check_keys(f"overrides of preset {name}", overrides,
-                    ("name", "backward_dtype", "edges", "calibration", "absorb", "weight", "input", "rules"))
+                    (*_WHOLE, "weight", "input", "rules"))
         data = {"name": name, **PRESETS[name]}
         rules = [dict(rule) for rule in data["rules"]]
         for key in ("weight", "input"):
@@ -277,8 +285,7 @@ class Recipe:
         if not isinstance(overrides.get("rules") or [], list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(overrides['rules']).__name__}")
         data["rules"] = [*(overrides.get("rules") or []), *rules]
-        data |= {k: v for k, v in overrides.items() if k in ("name", "backward_dtype", "edges", "calibration", "absorb")
-                 and v is not None}
+        data |= {k: v for k, v in overrides.items() if k in _WHOLE and v is not None}
         return cls.from_dict(data)
 
 

@@ -42,7 +42,8 @@ class Target:
         quantized_operands: kinds of functions whose operands need scales.
         operators: kinds of layers that run on integers; (): all that this package quantizes.
         rounding: how the runtime puts values on a grid.
-        bias: ``int32`` (at scale_x * scale_w) or ``float32``.
+        bias: ``int32`` (whole steps of scale_x * scale_w, and training rounds to them), ``float32``, or None: as the
+            recipe likes.
         scale_dtype: in which its files hold scales of weights.
         form: the form of ONNX that it wants, see :mod:`qat.deploy.onnx`; None: it reads no ONNX.
         explicit: whether its ONNX must follow the rules of explicit quantization, see :mod:`qat.deploy.onnx_rules`.
@@ -67,7 +68,7 @@ class Target:
     quantized_operands: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     rounding: str = "half to even, by division"
-    bias: str = "int32"
+    bias: str | None = None
     scale_dtype: str = "float32"
     form: str | None = "integer"
     explicit: bool = False
@@ -89,7 +90,7 @@ TARGETS: dict[str, Target] = {t.name: t for t in [
     Target("x86_avx2", "x86 without VNNI: pair sums of u8 x s8 saturate at int16, so weights have 7 bits",
            weights=_SEVEN_BITS, fuses=_FUSED, dynamic=("per_token", "per_tensor")),
     Target("arm", "ARM with dot products: s8 x s8 into int32", weights=SIGNED, fuses=_FUSED,
-           dynamic=("per_token", "per_tensor")),
+           dynamic=("per_token", "per_tensor"), bias="int32"),
     Target("tensorrt", "TensorRT, explicit quantization: zero points 0, int8, int4 weight-only in blocks",
            weights=_INT8, weight_only=("int4",), weight_only_granularities=("per_group",), group_sizes=(128, 64),
            activations=_INT8, symmetric_activations=True, absorbs=False, quantized_operands=("Add",),
@@ -97,9 +98,9 @@ TARGETS: dict[str, Target] = {t.name: t for t in [
                       "Add"),
            bias="float32", form="qdq", explicit=True, positive_scales=True),
     Target("onnxruntime", "onnxruntime on CPUs", weights=tuple(FORMATS), symmetric_weights=False, fuses=_FUSED,
-           dynamic=("per_tensor",)),
+           dynamic=("per_tensor",), bias="int32", form="auto"),
     Target("openvino", "OpenVINO, which reads ONNX with Q/DQ", weights=SIGNED, activations=_BYTES, fuses=_FUSED,
-           form="qdq", positive_scales=True),
+           bias="float32", form="qdq", positive_scales=True),
     Target("vllm", "vLLM with compressed-tensors: W8A8 and weight-only linear layers", weights=_INT8,
            weight_only=("int4", "int8"), weight_only_granularities=("per_group", "per_channel"),
            group_sizes=(128, 64, 32), activations=_INT8, dynamic=("per_token",), static=False,
@@ -156,7 +157,10 @@ def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
     absorbs = recipe.absorb and aim.absorbs
     if absorbs != recipe.absorb:
         changes[f"absorb: false, because {aim.name} has no unsigned codes: ReLUs stay in front of quantizers"] = None
-    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs), list(changes)
+    requantize = recipe.requantize or aim.bias == "int32"
+    if requantize != recipe.requantize:
+        changes[f"requantize: true, because {aim.name} adds int32 biases to its accumulators"] = None
+    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs, requantize=requantize), list(changes)
 
 
 @dataclass

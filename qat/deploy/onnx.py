@@ -47,6 +47,7 @@ from qat.errors import CheckpointError, OverflowBoundError, UnsupportedError, ne
 from qat.kernels import ste, table, weight_only
 from qat.modules.base import QuantizedModule
 from qat.modules.composite import Composite
+from qat.modules.functional import QuantizedAdd
 from qat.modules.linear import QuantizedEmbedding
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec, get_format
@@ -62,8 +63,6 @@ SYMBOL = re.compile(r"s\d+")
 LARGEST_FILE = 2**31 - 1
 GEMM_SWALLOWS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Softplus", "Softsign", "Elu", "Selu",
                  "ThresholdedRelu", "Clip")
-BIAS_STEPS = 2**23
-"""What the bias of a channel without weights becomes on the int32 grid that is chosen for it."""
 
 
 def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: str | None = None,
@@ -258,6 +257,11 @@ def _product(call: ste.Product, bias: Tensor | None, dtype: torch.dtype) -> Tens
     return symbolic("qat::Product", inputs, attributes, dtype=torch.float32, shape=shape, version=1).to(dtype)
 
 
+def _requantized(self: QuantizedModule, call: ste.Product, bias: Tensor | None) -> QuantizedTensor:
+    assert self.output_quantizer is not None
+    return self.output_quantizer.quantize(_product(call, bias, call.x.dtype))
+
+
 def _matmul(call: ste.Matmul, dtype: torch.dtype) -> Tensor:
     (left, a), (right, b) = _grid(call.a, "a_"), _grid(call.b, "b_")
     batch = torch.broadcast_shapes(call.a.shape[:-2], call.b.shape[:-2])
@@ -300,6 +304,8 @@ def _opaque(unsigned: bool) -> Iterator[None]:
         (affine, "quantize", _quantize_raw), (weight_only, "product", _float_product),
         (QuantizedTensor, "dequantize", _dequantize), (QuantizedEmbedding, "forward", _embed),
         (DynamicQuantizer, "quantize", _dynamically), (QuantizedModule, "quantized_weight", lambda self: _Weight(self)),
+        (QuantizedModule, "requantized", _requantized),
+        (QuantizedAdd, "sum_of_codes", lambda self, a, b: a.dequantize() + b.dequantize()),
         (QuantizedModule, "kernel_weight", lambda self, weight: weight)]
     with ExitStack() as stack:
         stack.enter_context(table.use("reference"))         # no shortcut around the products
@@ -319,6 +325,7 @@ class _Integers:
     channel that holds the lowest code, which has no mirror image, the negative scale stays.
 
     Attributes:
+        dead: channels (or groups) whose weights are all zero; their scale is any.
         codes: int8 or uint8. ``scale``: float32, () or (out,) or (out, groups). ``zero_point``: likewise, or None.
         group: inputs that share a scale, or None.
         bits: 4 or 8, the narrowest that ONNX has for them.
@@ -335,13 +342,14 @@ class _Integers:
         flat = codes.reshape(*scale.shape, -1) if scale.ndim else codes.reshape(1, -1)
         points: Any = None if point is None else np.broadcast_to(point, scale.shape).copy()
         rows: Any = np.atleast_1d(scale)
-        dead = rows == 0
         if point is None:
+            dead = (rows == 0) | ~flat.any(-1)
             flat[dead] = 0
             mirrored = (rows < 0) & (flat.min(-1) > lo)
             flat[mirrored] = -flat[mirrored]
         else:
             points = np.atleast_1d(points)
+            dead = (rows == 0) | (flat == points[..., None]).all(-1)
             flat[dead] = points[dead][..., None].astype(codes.dtype)
             mirrored = rows < 0
             flat[mirrored] = (lo + hi - flat[mirrored].astype(np.int16)).astype(codes.dtype)
@@ -434,7 +442,7 @@ class _Lowering:
 
     def _const(self, array: Any, name: str, dtype: ir.DataType | None = None) -> ir.Value:
         """An initializer; the same for the same numbers under the same name."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")           # ascontiguousarray would make a scalar a vector of one
         key = (name, array.tobytes(), array.shape, array.dtype.str, dtype)
         if key not in self.made:
             tensor = ir.Tensor(array.astype(dtype.numpy()) if dtype is not None else array, dtype=dtype)
@@ -583,20 +591,42 @@ class _Lowering:
         codes, scale, moving = self._inputs(3)
         layer, weight = self._weight()
         spec = self._spec()
-        bias = None if layer.bias is None else layer.bias.detach().float().numpy()
         known = _constant(scale)
         fixed = spec.fmt.grid == "affine" and known is not None and known.ndim == 0 and moving is None
+        bias = self._added(layer, spec, known)
         suits = fixed and weight.group is None and (weight.zero_point is None or self._is_linear or
                                                     not weight.zero_point.any())
         if self.form == "qdq" and not suits:
             raise self._refuse(f"{layer.plan.weight} weights with {spec} inputs are no Q/DQ pattern",
                                "static per_tensor inputs and per_channel weights are; or export with form='integer'")
-        if suits and (self.form == "qdq" or (self.form == "auto" and self._quantized_at_once())):
+        if suits and (self.form == "qdq" or (self.form == "auto" and self._quantized_at_once()
+                                             and self._is_whole(bias, known, weight))):
             return [self._qdq(codes, scale, known, spec, weight, bias)]
         levels = self._levels(codes, spec)
-        if not self._is_linear:
-            return [self._integer_convolution(levels, scale, moving, spec, weight, bias)]
-        return [self._integer_linear(levels, scale, moving, spec, weight, bias)]
+        integer = self._integer_linear if self._is_linear else self._integer_convolution
+        return [integer(levels, scale, moving, spec, weight, bias)]
+
+    def _added(self, layer: QuantizedModule, spec: TensorSpec, scale: Any) -> Any:
+        """The bias that the layer adds, (out,) float32; None: it has none."""
+        if layer.bias is None:
+            return None
+        bias = layer.bias.detach().float()
+        if layer.plan.requantize and not layer.plan.codes_from_sums and scale is not None:
+            x = QuantizedTensor(torch.empty(0), torch.tensor(scale), None, spec)
+            bias = ste.Product(x, layer.quantized_weight(), whole_bias=True).added(bias)
+        return bias.numpy()
+
+    def _is_whole(self, bias: Any, step: Any, weight: _Integers) -> bool:
+        """Whether int32 steps of the accumulator hold this bias, as far as float32 can tell."""
+        if bias is None or self.target.bias == "float32":
+            return True
+        grid = self._bias_grid(bias, step, self._worth_with(bias, step, weight))
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            steps = np.rint(bias / grid)
+            whole = np.abs(steps * grid - bias) <= np.abs(bias) * 2.0**-21
+        if self.modules[self.layer].plan.codes_from_sums:       # it rounds them itself
+            whole = weight.dead | (np.abs(steps) < affine.INT32_STEPS)
+        return bool((whole & (np.abs(steps) + self._greatest_sums(weight) < 2**31)).all())
 
     @property
     def _is_linear(self) -> bool:
@@ -610,10 +640,7 @@ class _Lowering:
     def _qdq(self, codes: ir.Value, scale: ir.Value, known: Any, spec: TensorSpec, weight: _Integers,
              bias: Any) -> ir.Value:
         step = np.asarray(known, np.float32)
-        worth = weight.scale.copy()
-        if bias is not None and weight.dead.any():      # nothing but the bias: a scale that gives it a fine grid
-            fine = np.abs(bias).astype(np.float32) / step / np.float32(BIAS_STEPS)
-            worth = np.where(weight.dead & (fine > affine.TINY), fine, worth).astype(np.float32)
+        worth = self._worth_with(bias, step, weight)
         self._check_signs(worth)
         worth_value = self._const(worth, f"{self.layer}.weight_scale")
         matrix = self._const(weight.codes, f"{self.layer}.weight_codes")
@@ -644,22 +671,39 @@ class _Lowering:
         """
         if self.target.bias == "float32":
             return self._const(bias, f"{self.layer}.bias")
-        grid = np.broadcast_to((step * worth).astype(np.float32), bias.shape)
+        grid = self._bias_grid(bias, step, worth)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            codes = np.rint(bias.astype(np.float64) / grid.astype(np.float64))
-        points = 0 if weight.zero_point is None else weight.zero_point.reshape(-1, *[1] * (weight.codes.ndim - 1))
-        sums = np.abs(weight.codes.astype(np.int64) - points).reshape(len(weight.codes), -1).sum(1) * 255
-        if not (np.abs(codes) + sums < 2**31).all():
+            codes = np.rint(bias / grid)
+        if not (np.abs(codes) + self._greatest_sums(weight) < 2**31).all():
             worst = int(np.nan_to_num(np.abs(codes), nan=np.inf).argmax())
             raise OverflowBoundError(
                 f"{self.layer}: the bias {bias[worst]:g} of channel {worst} is {codes[worst]:.3g} steps of "
                 f"scale_x * scale_w = {grid[worst]:.3g}, which int32 cannot hold; widen the scale of that channel's "
                 "weights (per_tensor, or clip the batch norm's gain), or export with form='integer', whose bias is "
                 "float")
-        scale = self._const(grid if worth.ndim else np.float32(step * worth), f"{self.layer}.bias_scale")
+        scale = self._const((step * worth).astype(np.float32), f"{self.layer}.bias_scale")
         values = self._const(codes.astype(np.int32), f"{self.layer}.bias_codes")
         point = self._const(np.zeros(scale.shape.numpy() if scale.shape else (), np.int32), "zero_points_int32")
         return self._op("DequantizeLinear", values, scale, point, **({"axis": 0} if worth.ndim else {}))
+
+    @staticmethod
+    def _worth_with(bias: Any, step: Any, weight: _Integers) -> np.ndarray:
+        """The scale of each channel's weights; for one that has nothing but a bias, one that gives it a fine grid."""
+        if bias is None or not weight.dead.any():
+            return weight.scale
+        fine = np.abs(bias).astype(np.float32) / step / np.float32(2**22)
+        return np.where(weight.dead & (fine > affine.TINY), fine, weight.scale).astype(np.float32)
+
+    @staticmethod
+    def _bias_grid(bias: np.ndarray, step: Any, worth: np.ndarray) -> np.ndarray:
+        """The step of each channel's accumulator, rounded as float32, (out,) float64."""
+        return np.broadcast_to((step * worth).astype(np.float32), bias.shape).astype(np.float64)
+
+    @staticmethod
+    def _greatest_sums(weight: _Integers) -> np.ndarray:
+        """What the accumulator of each channel cannot exceed, (out,)."""
+        points = 0 if weight.zero_point is None else weight.zero_point.reshape(-1, *[1] * (weight.codes.ndim - 1))
+        return np.abs(weight.codes.astype(np.int64) - points).reshape(len(weight.codes), -1).sum(1) * 255
 
     def _rows(self, codes: ir.Value) -> ir.Value:
         """(..., in) as (rows, in)."""
@@ -697,6 +741,40 @@ class _Lowering:
         self.node.replace_input_with(0, y)
         return self._Quantize()[0]
 
+    def _result(self, acc: ir.Value, scale: ir.Value, spec: TensorSpec, weight: _Integers, bias: Any,
+                shape: tuple[int, ...]) -> ir.Value:
+        if self.modules[self.layer].plan.codes_from_sums and _constant(scale) is not None and self._quantized_at_once():
+            return self._requantized(acc, _constant(scale), weight, bias, shape)
+        multiplier, by_row = self._multiplier(scale, spec, weight.scale, shape)
+        return self._rescaled(acc, multiplier, by_row, bias, shape)
+
+    def _requantized(self, acc: ir.Value, step: Any, weight: _Integers, bias: Any, shape: tuple[int, ...]) -> ir.Value:
+        """Accumulators in steps of the output's grid, as the layer makes them; its quantizer works at scale 1 then."""
+        reader = next(iter(self.node.outputs[0].uses())).node
+        out, spec = _constant(reader.inputs[1]), get_format(reader.attributes["format"].value)
+        assert out is not None
+        grid = (step * weight.scale).astype(np.float32)
+        point = reader.attributes["zero_point"].value
+        for name in ("floor", "ceiling"):
+            if name in reader.attributes:
+                code = affine.quantize(torch.tensor(float(reader.attributes[name].value)), torch.tensor(out), point,
+                                       TensorSpec(spec.name, "per_tensor"))
+                reader.attributes[name] = ir.AttrFloat32(name, float(code) - point)
+        reader.replace_input_with(1, self._float(1.0))
+        if bias is not None:
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                steps = np.rint((bias / grid).astype(np.float32))
+            within = (np.abs(steps) < affine.INT32_STEPS) & ~weight.dead
+            whole = np.where(within, steps, 0).astype(np.int32).reshape(shape or -1)
+            acc = self._op("Add", acc, self._const(whole, f"{self.layer}.bias_codes"))
+        multiplier = (grid / out).astype(np.float32)
+        y = self._op("Mul", self._op("Cast", acc, to=ir.DataType.FLOAT), self._const(
+            multiplier.reshape(shape) if shape and multiplier.ndim else multiplier, f"{self.layer}.multiplier"))
+        if bias is None or within.all():
+            return y
+        outside = (np.where(within, 0, bias) / out).astype(np.float32).reshape(shape or -1)
+        return self._op("Add", y, self._const(outside, f"{self.layer}.bias"))
+
     def _multiplier(self, scale: ir.Value, spec: TensorSpec, weight: np.ndarray, shape: tuple[int, ...]
                     ) -> tuple[ir.Value, ir.Value | None]:
         """What an accumulator is multiplied by: one number for each output; and one for each row, where there are."""
@@ -717,8 +795,7 @@ class _Lowering:
             return self._integer_groups(codes, scale, moving, spec, weight, bias)
         matrix = self._const(weight.codes.T, f"{self.layer}.weight_codes")
         acc = self._matmul_integer(codes, moving, "", spec, matrix, weight)
-        multiplier, by_row = self._multiplier(scale, spec, weight.scale, ())
-        return self._rescaled(acc, multiplier, by_row, bias, ())
+        return self._result(acc, scale, spec, weight, bias, ())
 
     def _matmul_integer(self, codes: ir.Value, moving: ir.Value | None, prefix: str, spec: TensorSpec,
                         matrix: ir.Value, weight: _Integers) -> ir.Value:
@@ -782,8 +859,7 @@ class _Lowering:
         acc = self._op("ConvInteger", codes, self._const(weight.codes, f"{self.layer}.weight_codes"), point, w_point,
                        **self._geometry(weight.codes))
         shape = (-1, *[1] * (weight.codes.ndim - 2))
-        multiplier, by_row = self._multiplier(scale, spec, weight.scale, shape)
-        return self._rescaled(acc, multiplier, by_row, bias, shape)
+        return self._result(acc, scale, spec, weight, bias, shape)
 
     def _MatMul(self) -> list[ir.Value]:
         a, scale_a, moving_a, b, scale_b, moving_b = self._inputs(6)

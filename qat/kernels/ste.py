@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,6 +231,57 @@ def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, c
 
 
 @dataclass
+class Sums:
+    """Accumulators of a product, with what turns them into its result.
+
+    Attributes:
+        values: whole numbers in float32, the bias included.
+        step, addend: the result is ``values * step + addend``; both broadcast against ``values``; no addend: 0.
+    """
+
+    values: Tensor
+    step: Tensor
+    addend: Tensor | None
+
+    def result(self) -> Tensor:
+        y = self.values * self.step
+        return y if self.addend is None else y.add_(self.addend)
+
+
+def requantized(sums: Sums, scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> Tensor:
+    """The codes of a product's result on a grid with one scale, see :func:`qat.numerics.affine.requantize`."""
+    return affine.requantize(sums.values, sums.step / scale, None if sums.addend is None else sums.addend / scale,
+                             zero_point, grid.spec, *_ends(scale, zero_point, grid))
+
+
+def requantized_sum(a: QuantizedTensor, b: QuantizedTensor, scale: Tensor, zero_point: Tensor | int | None,
+                    grid: Grid) -> Tensor:
+    """The codes of ``a + b`` on a grid with one scale, see :func:`qat.numerics.affine.requantize_sum`."""
+    lo, hi = (int(end) for end in _ends(scale, zero_point, grid))
+    return affine.requantize_sum([(t.codes, t.scale / scale, int(t.zero_point or 0), t.spec) for t in (a, b)],
+                                 int(zero_point or 0), grid.spec, lo, hi)
+
+
+def adds_codes(a: QuantizedTensor, b: QuantizedTensor, out: TensorSpec) -> bool:
+    """Whether runtimes have a kernel for such a sum: one scale each, all 8 bits, or all of one narrower type."""
+    kinds = {torch.uint8 if s.format == "int8" else s.fmt.dtype for s in (a.spec, b.spec, out)}
+    return len(kinds) == 1 and all(t.spec.fmt.grid == "affine" and not t.scale.dim() for t in (a, b))
+
+
+def _ends(scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> list[Any]:
+    """The least and the greatest code that an absorbed activation function leaves: numbers, or tensors."""
+    spec, fmt = grid.spec, grid.spec.fmt
+    ends: list[Any] = [fmt.lo, fmt.hi]
+    for i, end in enumerate((grid.floor, grid.ceiling)):
+        if end is None or (i == 0 and not fmt.signed):      # an absorbed ReLU's zero is the lowest unsigned code
+            continue
+        ends[i] = affine.quantize(torch.tensor(end, device=scale.device), scale, zero_point, spec)
+    if any(isinstance(end, Tensor) for end in ends):
+        return [torch.as_tensor(end, dtype=torch.float32, device=scale.device) for end in ends]
+    return ends
+
+
+@dataclass
 class Product:
     """One integer product: operands, and how the result is rescaled.
 
@@ -240,6 +292,9 @@ class Product:
         gain: None, or (out,): the folded batch norm's gamma / sigma.
         geometry: None for a linear layer.
         backward_dtype: the type in which the matrix products of the backward run.
+        whole_bias: round the bias to whole steps of the accumulator, as int32; the gradient goes straight through.
+        whole: what :meth:`split` returned for this bias, where it does not change.
+        requantizes: keep the accumulators in ``kept``, for :func:`requantized`.
     """
 
     x: QuantizedTensor
@@ -248,6 +303,10 @@ class Product:
     gain: Tensor | None = None
     geometry: Geometry | None = None
     backward_dtype: torch.dtype = torch.float32
+    whole_bias: bool = False
+    whole: tuple[Tensor, Tensor | None] | None = None
+    requantizes: bool = False
+    kept: Sums | None = None
 
     def multiplier_w(self) -> Tensor:
         """``scale_w * unit_w * gain``: what one level of the weight is worth, float32."""
@@ -260,8 +319,50 @@ class Product:
         """``scale_x * unit_x``: what one level of the activation is worth, float32."""
         return self.x.scale if self.x.spec.fmt.unit == 1.0 else self.x.scale * self.x.spec.fmt.unit
 
+    def step(self) -> Tensor:
+        """What one step of the accumulator is worth, (out,) or (); the input has one scale."""
+        return self.scale_x() * self.multiplier_w()
+
+    def split(self, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``whole``, or made anew: the bias in steps, and what stays outside of them; None: nothing does."""
+        if self.whole is not None:
+            return self.whole
+        steps, outside = affine.whole_steps(bias, self.step(), self._dead())
+        if torch.compiler.is_compiling() or bool(outside.any()):
+            return steps, outside
+        return steps, None
+
+    def _dead(self) -> Tensor | None:
+        """(out,): whether a channel's weights are all 0."""
+        w = self.w
+        if w.spec.fmt.grid != "affine":
+            return None
+        rows, point = w.codes.flatten(1), 0 if w.zero_point is None else w.zero_point
+        return (rows.amax(1) == point) & (rows.amin(1) == point)
+
+    def sums(self, bias: Tensor | None) -> Sums:
+        """The accumulators with the bias in them, for :func:`requantized`."""
+        steps, outside = (None, None) if bias is None else self.split(bias)
+        step = self.step()
+        one = torch.ones((), device=step.device)
+        values = self._once(Activation.of(self.x), self.kernel or Weight.of(self.w), one, steps)
+        return Sums(values, self._along_out(step) if step.dim() else step,
+                    None if outside is None else self._along_out(outside))
+
+    def added(self, bias: Tensor | None) -> Tensor | None:
+        """The bias (out,), float32, that is added: whole steps of the accumulator, where that is asked for."""
+        if bias is None or not self.whole_bias or self.x.scale.dim() or self.w.spec.granularity == "per_group":
+            return bias
+        steps, outside = self.split(bias)
+        whole = steps * self.step()
+        return whole if outside is None else whole.add_(outside)
+
     def forward(self, bias: Tensor | None) -> Tensor:
         """``float32(acc) * multiplier + bias`` in float32; the shape of the layer's output."""
+        if self.requantizes:
+            self.kept = self.sums(bias)
+            return self.kept.result()
+        bias = self.added(bias)
         kernel = self.kernel or Weight.of(self.w)
         scale_x, multiplier_w = self.scale_x(), self.multiplier_w()
         if self.w.spec.granularity == "per_group":
@@ -339,7 +440,7 @@ class _Product(torch.autograd.Function):
         # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
         nothing = call.x.codes.new_empty(0)
         x, w = (replace(t, codes=nothing, carrier=None) for t in (call.x, call.w))
-        ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach())
+        ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach(), kept=None)
         ctx.save_for_backward(call.x.codes, call.w.codes)
         return call.forward(bias)
 

@@ -8,7 +8,7 @@ the codes of the weight come from changes: from a float master weight and its qu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -36,6 +36,8 @@ class LayerPlan:
         batch_norm: name of the batch norm behind that is folded in eval.
         chained: the input arrives as codes from the layer in front, so there is no input quantizer.
         emits_codes: every consumer of the output takes codes, so no float tensor is made.
+        requantize: the bias is a whole number of steps of the accumulator, and codes are made of codes, see
+            :class:`~qat.recipe.Recipe`.
         tied_to: name of the module whose weight, and weight quantizer, this one shares.
         layout: of a parameter that functions read (see :mod:`qat.modules.parameters`): ``rows`` (..., out, in),
             ``columns`` (..., in, out), ``kernel`` or ``table``.
@@ -52,10 +54,18 @@ class LayerPlan:
     batch_norm: str | None = None
     chained: bool = False
     emits_codes: bool = False
+    requantize: bool = False
     tied_to: str | None = None
     reason: str = ""
     layout: str = ""
     parts: dict[str, LayerPlan] = field(default_factory=dict)
+
+    @property
+    def codes_from_sums(self) -> bool:
+        """Whether the output's codes are made of the accumulators, in one multiplication: the bias is in them."""
+        out = self.output
+        return (self.requantize and out is not None and not out.dynamic and out.granularity == "per_tensor"
+                and out.fmt.grid == "affine")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict of what differs from the defaults."""
@@ -180,6 +190,7 @@ class QuantizedModule(nn.Module):
     _kernel: Weight | None
     _codes: QuantizedTensor | None
     _one_row: Any
+    _whole: Any
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     output_quantizer: Quantizer | None
@@ -202,7 +213,7 @@ class QuantizedModule(nn.Module):
         self.calibrating = self.checking = False
         self.backward_dtype = "auto"
         self._batch_norm = []
-        self._kernel = self._codes = self._one_row = None
+        self._kernel = self._codes = self._one_row = self._whole = None
         self.float_dtype = self.initial_dtype()
         if weight_quantizer is None and plan.weight is not None:
             weight_quantizer = make_quantizer(plan.weight, self.weight_matrix().shape)
@@ -425,17 +436,17 @@ class QuantizedModule(nn.Module):
         self.float_dtype = fn(torch.zeros((), dtype=self.float_dtype)).dtype
         if scale is not None and self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._kernel = self._codes = self._one_row = None
+        self._kernel = self._codes = self._one_row = self._whole = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies derive anew what cannot be copied: packed weights, and weights that a hook computes."""
         own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return {**own, "_kernel": None, "_codes": None, "_one_row": None}
+        return {**own, "_kernel": None, "_codes": None, "_one_row": None, "_whole": None}
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self._kernel = self._codes = self._one_row = None
+        self._kernel = self._codes = self._one_row = self._whole = None
 
     # ---------------------------------------------------------------- the forward
 
@@ -465,12 +476,33 @@ class QuantizedModule(nn.Module):
             return quantizer.clamp(x)
         return quantizer(x)
 
-    def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor:
-        """The integer product, in the dtype the float layer would return."""
+    def product(self, x: QuantizedTensor, weight: QuantizedTensor, **geometry: Any) -> Tensor | QuantizedTensor:
+        """The integer product, in the dtype the float layer would return; or the codes of the output already, where
+        they are made of the accumulators."""
         gain, bias = self.folded()
         call = ste.Product(x, weight, self.kernel_weight(weight), gain, backward_dtype=self.backward_type(x),
-                           **geometry)
+                           whole_bias=self.plan.requantize, **geometry)
+        if call.whole_bias and bias is not None and self.frozen and not torch.compiler.is_compiling():
+            if self._whole is None and x.scale.dim() == 0:
+                self._whole = call.split(bias.detach().float())
+            call.whole = self._whole
+        if self.plan.codes_from_sums and x.scale.dim() == 0 and (not self._batch_norm or self.folds()):
+            return self.requantized(call, bias)
         return ste.product(call, bias, self.result_dtype(x))
+
+    def requantized(self, call: ste.Product, bias: Tensor | None) -> QuantizedTensor:
+        """The output quantizer's codes, made of the accumulators as integer runtimes make them."""
+        quantizer, dtype = self.output_quantizer, self.result_dtype(call.x)
+        assert quantizer is not None
+        if isinstance(quantizer, FrozenQuantizer) and not torch.is_grad_enabled():
+            sums = call.sums(None if bias is None else bias.float())
+            scale, zero_point = quantizer.present()
+            return QuantizedTensor(ste.requantized(sums, scale, zero_point, quantizer.grid()), scale, zero_point,
+                                   quantizer.spec, None, dtype)
+        call.requantizes = True
+        made = quantizer.quantize(ste.product(call, bias, dtype))
+        assert call.kept is not None
+        return replace(made, codes=ste.requantized(call.kept, made.scale, made.zero_point, quantizer.grid()))
 
     def result_dtype(self, x: QuantizedTensor) -> torch.dtype:
         device = x.codes.device.type
@@ -482,8 +514,10 @@ class QuantizedModule(nn.Module):
         low = torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.bfloat16, torch.float16)
         return torch.bfloat16 if low else torch.float32
 
-    def finish(self, y: Tensor) -> Tensor | QuantizedTensor:
+    def finish(self, y: Any) -> Tensor | QuantizedTensor:
         """The output: as it is, or quantized where an output spec asks for it and no batch norm comes in between."""
+        if isinstance(y, QuantizedTensor):
+            return y if self.plan.emits_codes else y.dequantize()
         if self.calibrating and self.folds():
             y = self._batch_norm[0].normalize(y)
         if self.output_quantizer is None or (self._batch_norm and not self.folds()):

@@ -153,7 +153,8 @@ class Part(QuantizedModule):
             y = F.linear(self.float_input(x).contiguous(), operand.values, operand.bias)
             return y if dtype is None else y.to(dtype)
         codes = self.quantized_input(x)
-        call = ste.Product(codes, operand.codes, operand.kernel, backward_dtype=self.backward_type(codes))
+        call = ste.Product(codes, operand.codes, operand.kernel, backward_dtype=self.backward_type(codes),
+                           whole_bias=self.plan.requantize)
         return ste.product(call, operand.bias, dtype or self.result_dtype(codes))
 
     def extra_repr(self) -> str:

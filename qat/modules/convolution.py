@@ -29,6 +29,11 @@ def batched(x: QuantizedTensor, dims: int) -> QuantizedTensor:
     return ste.rearranged(x, x.codes.unsqueeze(0), lambda g: g.squeeze(0)) if x.codes.dim() == dims + 1 else x
 
 
+def unbatched(y: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+    """The one sample of a batch."""
+    return y.squeeze(0) if isinstance(y, Tensor) else ste.rearranged(y, y.codes.squeeze(0), lambda g: g.unsqueeze(0))
+
+
 def window_rows(x: Tensor, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
                 ) -> Tensor:
     """What a kernel sees at each place of a padded input: (batch, in, *spatial) to (groups, places, in * kernel)."""
@@ -70,9 +75,7 @@ class QuantizedConvolution(QuantizedModule):
         if isinstance(x, Tensor):
             x = self._pad(x.unsqueeze(0) if single else x)
         y = self._integer(batched(self.quantized_input(x), len(self.kernel_size)), weight)
-        if isinstance(y, QuantizedTensor):
-            return ste.rearranged(y, y.codes.squeeze(0), lambda g: g.unsqueeze(0)) if single else y
-        return self.finish(y.squeeze(0) if single else y)
+        return self.finish(unbatched(y) if single else y)
 
     def _pad(self, x: Tensor) -> Tensor:
         """Padding that is not zeros is made before the quantizer: it repeats values, so it repeats codes."""
@@ -86,10 +89,14 @@ class QuantizedConvolution(QuantizedModule):
         if before == after and (codes := self._requantized(x, weight, geometry)) is not None:
             return codes
         y = self.product(x, weight, geometry=geometry)
-        for dim, (left, right) in enumerate(zip(before, after)):
-            if left != right:
-                y = y.narrow(2 + dim, right - left, y.shape[2 + dim] - (right - left))
-        return y
+        whole = y.shape[2:]
+        window = (slice(None), slice(None), *(slice(right - left, None) for left, right in zip(before, after)))
+        if before == after:
+            return y
+        if isinstance(y, Tensor):
+            return y[window]
+        return ste.rearranged(y, y.codes[window], lambda g: F.pad(g, [
+            n for size, now in zip(reversed(whole), reversed(g.shape[2:])) for n in (size - now, 0)]))
 
     def _requantized(self, x: QuantizedTensor, weight: QuantizedTensor, geometry: Geometry) -> QuantizedTensor | None:
         """The output's codes straight from the kernel, where that is the same rounding; else None.
@@ -100,7 +107,7 @@ class QuantizedConvolution(QuantizedModule):
         out = self.output_quantizer
         if (not self.plan.emits_codes or not isinstance(out, FrozenQuantizer) or not out.spec.power_of_two
                 or out.spec.bits != 8 or out.ceiling is not None or x.scale.dim() or x.carrier is not None
-                or torch.compiler.is_compiling() or self.result_dtype(x) != torch.float32):
+                or self.plan.codes_from_sums or torch.compiler.is_compiling() or self.result_dtype(x) != torch.float32):
             return None
         kernel, activation = self.kernel_weight(weight), Activation.of(x)
         assert kernel is not None
@@ -188,8 +195,9 @@ class QuantizedTransposedConvolution(QuantizedModule):
         else:
             spread = self._spread(batched(self.quantized_input(x), dims), extra)
             geometry = Geometry((1,) * dims, (0,) * dims, self.dilation, self.groups)
-            y = self.product(spread, self.quantized_weight(), geometry=geometry)
-        return self.finish(y.squeeze(0) if single else y)
+            made = self.product(spread, self.quantized_weight(), geometry=geometry)
+            return self.finish(unbatched(made) if single else made)
+        return self.finish(unbatched(y) if single else y)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None, extra: list[int]) -> Tensor:
         convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(self.kernel_size)]

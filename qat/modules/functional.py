@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from qat.kernels import ste
 from qat.modules.base import LayerPlan, QuantizedModule, adopt, register
 from qat.numerics.tensor import QuantizedTensor
-from qat.quantizers.quantizer import Quantizer, make_quantizer
+from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, make_quantizer
 
 
 class Add(nn.Module):
@@ -61,12 +62,27 @@ class QuantizedFunction(QuantizedModule):
 
 @register
 class QuantizedAdd(QuantizedFunction, Add):
-    """The sum of two tensors, or of two tensors of codes, dequantized and then put on the output's grid."""
+    """The sum of two tensors, or of two tensors of codes, dequantized and then put on the output's grid; or straight
+    from codes to codes, where the plan says so."""
 
     replaces = Add
 
     def forward(self, a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> Any:
-        return self.finish(self.operand(a) + self.operand(b))
+        on_grids = self.input_quantizer is not None or not any(isinstance(t, Tensor) for t in (a, b))
+        if self.calibrating or not self.plan.codes_from_sums or not on_grids:
+            return self.finish(self.operand(a) + self.operand(b))
+        return self.finish(self.sum_of_codes(self.quantized_input(a), self.quantized_input(b)))
+
+    def sum_of_codes(self, a: QuantizedTensor, b: QuantizedTensor) -> Tensor | QuantizedTensor:
+        quantizer = self.output_quantizer
+        assert quantizer is not None
+        if not ste.adds_codes(a, b, quantizer.spec):
+            return a.dequantize() + b.dequantize()
+        if isinstance(quantizer, FrozenQuantizer) and not torch.is_grad_enabled():
+            made = QuantizedTensor(a.codes, *quantizer.present(), quantizer.spec, None, a.dtype)
+        else:
+            made = quantizer.quantize(a.dequantize() + b.dequantize())
+        return replace(made, codes=ste.requantized_sum(a, b, made.scale, made.zero_point, quantizer.grid()))
 
 
 @register

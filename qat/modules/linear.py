@@ -74,13 +74,15 @@ class LinearProduct(QuantizedModule):
         kernel = self.kernel_weight(weight)
         assert kernel is not None
         row = torch.zeros(1, self.in_features, dtype=fmt.dtype, device=weight.device)
-        multiplier = ste.Product(QuantizedTensor(row, torch.ones(()), zero_point, spec), weight).multiplier_w()
+        call = ste.Product(QuantizedTensor(row, torch.ones(()) if scale is None else scale, zero_point, spec), weight,
+                           whole_bias=self.plan.requantize and scale is not None)
+        multiplier, bias = call.multiplier_w(), call.added(None if self.bias is None else self.bias.detach().float())
         number = int(zero_point or 0) if not isinstance(zero_point, Tensor) else 0      # a layer has one
         run = weight.spec.group_size
         if run is None and FewCalls.serves(row, spec, zero_point, kernel):
-            self._one_row = FewCalls(spec, kernel, multiplier, self.bias, scale, number)
+            self._one_row = FewCalls(spec, kernel, multiplier, bias, scale, number)
         elif run is not None and FewNarrowCalls.serves(row, spec, zero_point, kernel, run):
-            self._one_row = FewNarrowCalls(spec, kernel, multiplier, self.bias, scale, number, run)
+            self._one_row = FewNarrowCalls(spec, kernel, multiplier, bias, scale, number, run)
 
     def float_matrix(self) -> Tensor:
         """The float weight as (out, in), with pruned values at zero."""

@@ -511,7 +511,7 @@ class ParameterPart(Part):
             codes = flat.codes
             kernel = self._kernel_of(flat, (codes.storage_offset(), tuple(codes.shape), codes.stride())
                                      if self._codes is not None and _same_storage(codes, self._codes.codes) else None)
-        call = ste.Product(x, flat, kernel, backward_dtype=self.backward_type(x))
+        call = ste.Product(x, flat, kernel, backward_dtype=self.backward_type(x), whole_bias=self.plan.requantize)
         return ste.product(call, bias, self.result_dtype(x))
 
     def _kernel_of(self, weight: QuantizedTensor, key: Any) -> Weight | None:

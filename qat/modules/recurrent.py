@@ -196,8 +196,8 @@ class Stepped:
                 codes.codes, grid.spec, zero_point, operand.kernel):
             return False
         assert not isinstance(zero_point, Tensor)
-        call = ste.Product(codes, operand.codes)
-        bias = None if operand.bias is None else operand.bias.detach().float()
+        call = ste.Product(codes, operand.codes, whole_bias=part.plan.requantize)
+        bias = call.added(None if operand.bias is None else operand.bias.detach().float())
         return FewCalls(grid.spec, operand.kernel, call.multiplier_w(), bias, call.scale_x(), zero_point or 0)
 
     @contextmanager

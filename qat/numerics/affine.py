@@ -11,6 +11,8 @@ the codes. ``x`` is cast to float32 first. Scales are float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from qat.errors import SpecError
 from qat.numerics.formats import SCALE_DTYPES, Format, TensorSpec
 
 TINY = torch.finfo(torch.float32).tiny
+INT32_STEPS = 2.0**30
+"""What an int32 bias may hold, with room for the sums that it is added to."""
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...], spec: TensorSpec) -> tuple[int, ...]:
@@ -170,6 +174,77 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, spec: Te
     for piece, target, step, offset, (free, _) in _pieces(x, codes, scale, zero_point, spec):
         target.copy_(rounded(piece, step, offset, spec, free).clamp_(fmt.lo, fmt.hi))
     return codes
+
+
+def whole_steps(bias: Tensor, step: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A bias as integer runtimes hold it: whole numbers of ``step = scale_x * scale_w``, and what stays outside.
+
+    Outside, and 0 steps, is a bias that int32 cannot hold, and that of a channel without weights, whose step is any.
+
+    Args:
+        bias: (out,), float32. ``step``: (out,) or (). ``dead``: (out,), whether all weights are 0; None: nowhere.
+
+    Returns:
+        Steps and the rest, both (out,) float32.
+    """
+    steps = (bias / step).round_()
+    within = steps.abs() < INT32_STEPS
+    if dead is not None:
+        within &= ~dead
+    return torch.where(within, steps, 0.0), bias.masked_fill(within, 0.0)
+
+
+def requantize(sums: Tensor, multiplier: Tensor, addend: Tensor | None, zero_point: Tensor | int | None,
+               spec: TensorSpec, lo: Any, hi: Any) -> Tensor:
+    """Codes straight from accumulators: ``clamp(round_half_even(sums * multiplier) + zero_point, lo, hi)``.
+
+    It is what integer runtimes do between two layers: one multiplication by ``scale_x * scale_w / scale_out`` where a
+    layer with a float result multiplies and then divides. The two differ in about one code of a hundred thousand.
+
+    Args:
+        sums: float32 of whole numbers, bias included. ``multiplier``, ``addend``: broadcast against it.
+        lo, hi: the ends, both numbers or both tensors.
+    """
+    def codes_of(piece: Tensor) -> Tensor:
+        free = piece * multiplier
+        if addend is not None:
+            free.add_(addend)
+        free.round_()
+        if zero_point is not None:
+            free.add_(zero_point)
+        return free.clamp_(lo, hi)
+
+    if not _piecewise(sums, spec):
+        return codes_of(sums).to(spec.fmt.dtype)
+    codes = torch.empty_like(sums, dtype=spec.fmt.dtype)
+    for target, piece in zip(pieces(codes), pieces(sums)):
+        target.copy_(codes_of(piece))
+    return codes
+
+
+def requantize_sum(operands: Sequence[tuple[Tensor, Tensor, int, TensorSpec]], zero_point: int, spec: TensorSpec,
+                   lo: int, hi: int) -> Tensor:
+    """Codes of a sum of two straight from their codes, in the expression of integer runtimes.
+
+    ``clamp(round_half_even(a * ratio_a + (b * ratio_b + fixed)), lo, hi)``, ``fixed = z - (ratio_a * z_a + ratio_b *
+    z_b)``, where each multiplication is fused with its addition (float64 gives the same), and the zero point is inside
+    the rounding. It is QLinearAdd of onnxruntime on processors with fused multiply-add.
+
+    Args:
+        operands: codes, scale / scale of the sum (0-d float32), zero point and spec of each; shapes broadcast.
+        zero_point, spec, lo, hi: the sum's. int8 codes count as the unsigned bytes, 128 higher, that files hold.
+    """
+    (a, ratio_a, z_a), (b, ratio_b, z_b) = ((codes.double().add_(_shift(own)), ratio, float(point + _shift(own)))
+                                            for codes, ratio, point, own in operands)
+    shift = _shift(spec)
+    fixed = (zero_point + shift) - (ratio_a.double() * z_a + (ratio_b * z_b).double()).float()
+    right = b.mul_(ratio_b.double()).add_(fixed.double()).float()
+    free = a.mul_(ratio_a.double()).add(right).float().round_()
+    return free.clamp_(lo + shift, hi + shift).sub_(shift).to(spec.fmt.dtype)
+
+
+def _shift(spec: TensorSpec) -> int:
+    return 128 if spec.format == "int8" else 0
 
 
 def quantize_to_bytes(x: Tensor, scale: Tensor, offset: Tensor, lo: int, hi: int) -> Tensor:
