@@ -11,7 +11,7 @@ import qat
 
 FLOORS = [
     ("numerics",), ("kernels",), ("quantizers",), ("recipe",), ("targets",), ("modules", "tracing"), ("planning",),
-    ("rewriter",), ("calibration",), ("compression",), ("deploy",), ("search",), ("training",), ("retrieval",),
+    ("rewriter",), ("calibration",), ("compression",), ("deploy",), ("runtimes",), ("search",), ("training",), ("retrieval",),
     ("reporting",), ("pipeline",),
 ]
 """Lowest first. ``errors`` is the ground that all of them stand on."""

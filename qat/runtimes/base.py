@@ -41,6 +41,7 @@ class Operator:
             before the product has the type in which it is stored, if no float copy of the whole of it is kept.
         result: the type of what it hands on; "" if unknown.
         count: how often it is in the graph (a layer that runs once for each time step).
+        sums: whether it is a sum or a concatenation, and no product or look-up.
     """
 
     layer: str
@@ -48,6 +49,7 @@ class Operator:
     operands: tuple[str, ...]
     result: str = ""
     count: int = 1
+    sums: bool = False
 
     @property
     def integer(self) -> bool:
@@ -74,9 +76,9 @@ class Codes:
 
     Attributes:
         layer: the layer in whose forward the quantizer ran.
-        codes: int32, the shape of the tensor that was quantized. int8 codes may have become uint8, 128 higher, in a
-            file: they are given as int8 was trained, or as the file has them with ``unsigned`` set.
-        unsigned: whether the smallest code of the grid is 0.
+        codes: the shape of the tensor that was quantized, or with its leading dimensions flattened. Where a file holds
+            codes of int8 as uint8, 128 higher, they are given as the file has them.
+        unsigned: whether the smallest code of their type is 0.
     """
 
     layer: str
