@@ -46,9 +46,7 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
     if format not in FORMATS:
         raise UnsupportedError(f"unknown format {format!r}{nearest(str(format), FORMATS)}; formats are "
                                f"{', '.join(FORMATS)}")
-    if not is_prepared(deployed) or any(not m.frozen for m in quantized_modules(deployed).values()
-                                        if m.plan.weight is not None):
-        raise CheckpointError("only deployed models are exported: deployed, certificate = qat.convert(model, batches)")
+    check_deployed(deployed)
     module, extra = FORMATS[format]
     try:
         write: Callable[..., None] = importlib.import_module(module).write
@@ -62,3 +60,12 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
             raise UnsupportedError(f"format {format} has no option {option!r}{nearest(option, known)}; options are "
                                    f"{', '.join(known) or 'none'}")
     write(deployed, Path(path), example_inputs=example_inputs, target=target, **options)
+
+
+def check_deployed(model: nn.Module) -> None:
+    """Raises:
+        CheckpointError: the model is not deployed.
+    """
+    if not is_prepared(model) or any(not m.frozen for m in quantized_modules(model).values()
+                                     if m.plan.weight is not None):
+        raise CheckpointError("only deployed models are exported: deployed, certificate = qat.convert(model, batches)")
