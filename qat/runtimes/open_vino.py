@@ -67,7 +67,7 @@ class OpenVinoSession(Session):
             result = _type(op.outputs()[0]) if op.outputs() else ""
             operator = f"{kind} {about.get('primitiveType', '')}".strip()
             if kind in PRODUCTS or (kind == "Subgraph" and any("/MatMul" in n for n in names)):
-                weights = [found[1] for name in inputs if (found := WEIGHT.search(name))] if kind in PRODUCTS else []
+                weights = [match[1] for name in inputs if (match := WEIGHT.search(name))] if kind in PRODUCTS else []
                 layer = weights[0] if weights else next((layer_of(n.split("/WithoutBiases")[0]) for n in names
                                                          if "/" in n and "QuantizeLinear" not in n), "")
                 note(layer, operator, types[:2], result, False)

@@ -1,4 +1,4 @@
-"""What a deployed model computes in torch, looked at while it runs: the codes at each quantizer, the kernel of each layer."""
+"""A deployed model looked at while it runs in torch: the codes at each quantizer, the kernel of each layer."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def kernels(deployed: nn.Module, inputs: Any) -> list[Operator]:
 
         def chosen_matmul(a: Any, b: Any) -> Any:
             backend = choose_matmul(a, b)
-            note(scope.layer, backend.name, *(("f32", "f32") if backend is FLOAT else map(kind_of, (a.values, b.values))))
+            operands = ("f32", "f32") if backend is FLOAT else (kind_of(a.values), kind_of(b.values))
+            note(scope.layer, backend.name, *operands)
             return backend
 
         def weighed(x: Tensor, w: QuantizedTensor, *rest: Any) -> Tensor:
