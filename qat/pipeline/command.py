@@ -124,8 +124,8 @@ def train(config: DictConfig, console: Console) -> None:
 
 
 def evaluate(config: DictConfig, console: Console) -> None:
-    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table, or run
-    it in other runtimes; or show the runs of a sweep, or what a model needs in memory."""
+    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table, or
+    run it in other runtimes; or show the runs of a sweep, or what a model needs in memory."""
     check_keys(config, STORED + FOLDED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
     if sum(value is not None for value in (config.run, config.deployed, config.sweep, config.plan)) != 1:
@@ -133,6 +133,8 @@ def evaluate(config: DictConfig, console: Console) -> None:
             "Say what to evaluate: run=<run folder>, deployed=<deployed folder>, sweep=<folder of run folders> or "
             "plan=<directory, config.json or parameter count>."
         )
+    if config.runtimes is not None and config.run is None and config.deployed is None:
+        raise ConfigError("runtimes= compares one model: give run=<run folder> or deployed=<deployed folder>.")
     if config.plan is not None:
         console.print(render_memory(_memory(plain({key: config[key] for key in OF_THE_PLAN}))))
         return
@@ -192,8 +194,8 @@ def _contents_of_run(folder: Path, numbers: dict[str, Any]) -> Contents:
 
 def _runtimes(config: DictConfig, folder: Path, console: Console) -> None:
     """The deployed model of a run, or of a folder, in other runtimes; the table is stored in the run folder."""
-    if config.sweep is not None:
-        raise ConfigError("runtimes= compares one model: give run=<run folder> or deployed=<deployed folder>.")
+    for name in ("onnx_ir", "onnxscript", "torch.onnx"):        # each of their passes says what it did
+        logging.getLogger(name).setLevel(logging.ERROR)
     given = plain({"runtimes": config.runtimes})["runtimes"]
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

@@ -17,7 +17,8 @@ def render_runtimes(table: RuntimeTable) -> Table:
     caption = Text("\n".join(table.legend()))
     for text, bad in table.findings():
         caption.append(f"\n{text}", style="bold red" if bad else "")
-    shown = Table(title="One model, many runtimes", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    shown = Table(title="One model, many runtimes", caption=caption, caption_justify="left", box=SIMPLE_HEAD,
+                  pad_edge=False, collapse_padding=True)
     for i, header in enumerate(headers):
         shown.add_column(textwrap.fill(header, 9, break_long_words=False), justify="right" if i else "left",
                          no_wrap=True)

@@ -86,6 +86,20 @@ class Codes:
     unsigned: bool
 
 
+@dataclass(frozen=True)
+class Read:
+    """What was read at the quantizers of a runtime.
+
+    Attributes:
+        codes: in the order of the computation.
+        outputs: of the computation that the codes were read from. Where the file has no outputs for codes, that is
+            another graph than the file's, which the runtime may fuse in another way.
+    """
+
+    codes: Sequence[Codes]
+    outputs: Sequence[Tensor]
+
+
 class Session(ABC):
     """One opened file.
 
@@ -113,7 +127,7 @@ class Session(ABC):
         knows what ran only afterwards is asked after it has been called.
         """
 
-    def codes(self, inputs: Any) -> Sequence[Codes] | None:
+    def codes(self, inputs: Any) -> Read | None:
         """The codes at every static or dynamic quantizer of activations for these inputs; None: not to be had."""
         return None
 

@@ -19,7 +19,7 @@ from qat.deploy.export import check_deployed
 from qat.errors import QuantizationError, UnsupportedError
 from qat.modules.functional import QuantizedAdd, QuantizedConcat
 from qat.rewriter import coverage, quantized_modules
-from qat.runtimes.base import Codes, Operator, Session, is_integer
+from qat.runtimes.base import Operator, Read, Session, is_integer
 from qat.runtimes.registry import check_name, get
 from qat.runtimes.timing import alternating_times
 from qat.runtimes.watch import Difference, Watched, differences, watch
@@ -43,6 +43,8 @@ class RuntimeRow:
         code_difference: the greatest difference of a code at any quantizer of activations from torch's.
         differing_codes: the share of these codes that differ. ``compared_codes``: how many there were.
         code_layers: layer -> greatest difference and number of differing codes, of layers where some differ.
+        codes_beside: the greatest difference, in steps, between the outputs of the file and those of the graph that the
+            codes were read from; more than 0: the runtime fuses that graph in another way, and these are its codes.
         uncompared: layers whose quantizers could not be matched with those of torch.
         latency_ms: median of one batch, with the conversion of inputs and outputs.
         bytes: size of the file or folder.
@@ -64,6 +66,7 @@ class RuntimeRow:
     differing_codes: float | None = None
     compared_codes: int = 0
     code_layers: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    codes_beside: float = 0.0
     uncompared: list[str] = dataclasses.field(default_factory=list)
     latency_ms: float | None = None
     bytes: int | None = None
@@ -107,10 +110,10 @@ class RuntimeTable:
             "as torch": lambda r: _shown(r.agreement, ".2%"),
             "code diff": lambda r: _shown(r.code_difference, "d"),
             "codes off": lambda r: _shown(r.differing_codes, ".4%"),
-            "output diff, steps": lambda r: _shown(r.output_steps, ".3g"),
-            "latency, ms": lambda r: _shown(r.latency_ms, ".2f"),
+            "output diff": lambda r: _shown(r.output_steps, ".3g"),
+            "latency ms": lambda r: _shown(r.latency_ms, ".2f"),
             "bytes": lambda r: _shown(r.bytes, ","),
-            "integer layers": lambda r: f"{r.integer_layers} of {r.layers}",
+            "integer layers": lambda r: f"{r.integer_layers}/{r.layers}",
         }
         return list(columns), [[column(r) for column in columns.values()] for r in self.rows if r.error is None]
 
@@ -142,6 +145,9 @@ class RuntimeTable:
                 said.append((f"{r.runtime}: codes differ at " + ", ".join(
                     f"{layer or 'the model'} ({count}, by up to {most})" for layer, (most, count) in worst[:8])
                     + (f" and {len(worst) - 8} more" if len(worst) > 8 else ""), True))
+            if r.codes_beside:
+                said.append((f"{r.runtime}: its codes were read from a graph that it fuses in another way, whose outputs "
+                             f"differ by up to {r.codes_beside:.3g} steps from those of the file", True))
             if r.uncompared:
                 said.append((f"{r.runtime}: quantizers that could not be matched with torch's: "
                              + ", ".join(layer or "the model" for layer in r.uncompared), True))
@@ -190,6 +196,7 @@ class _Runner:
     equal: int = 0
     asked: int = 0
     difference: float = 0.0
+    beside: float = 0.0
     codes: dict[str, Difference] = dataclasses.field(default_factory=dict)
     uncompared: dict[str, None] = dataclasses.field(default_factory=dict)
 
@@ -252,7 +259,8 @@ def compare_runtimes(
             table.metric = None if metric is None else metric_name
             living = [r for r in runners if r.row.error is None]
             if not living:
-                raise UnsupportedError("none of the runtimes ran. " + " ".join(f"{r.runtime}: {r.error}." for r in rows))
+                reasons = " ".join(f"{r.runtime}: {r.error}." for r in rows)
+                raise UnsupportedError(f"none of the runtimes ran. {reasons}")
             times = alternating_times({r.row.runtime: functools.partial(_call, r.session, first) for r in living},
                                       repeats, torch.device("cpu"))
             for r in living:
@@ -327,9 +335,7 @@ def _one_batch(r: _Runner, deployed: nn.Module, inputs: Any, target: Any, expect
         raise UnsupportedError(f"{r.row.runtime} returns tensors of shapes {[tuple(t.shape) for t in made]}, and the "
                                f"model {[tuple(t.shape) for t in expected]}")
     for one, other in zip(made, expected):
-        gap = (one.double() - other.double()).abs()
-        if gap.numel():
-            r.difference = max(r.difference, float(gap.max()))
+        r.difference = max(r.difference, _gap(one, other))
     if r.metric is not None:
         r.metric.update(made[0], target)
     if wanted is not None:
@@ -340,9 +346,17 @@ def _one_batch(r: _Runner, deployed: nn.Module, inputs: Any, target: Any, expect
         theirs = r.session.codes(inputs)
         if theirs is not None:
             _take_codes(r, deployed, inputs, watched, theirs)
+            r.beside = max([r.beside, *(_gap(a, b) for a, b in zip(made, theirs.outputs))])
 
 
-def _take_codes(r: _Runner, deployed: nn.Module, inputs: Any, watched: Watched, theirs: Sequence[Codes]) -> None:
+def _gap(one: Tensor, other: Tensor) -> float:
+    """The greatest difference; infinite values and NaN are equal to themselves."""
+    gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, (one.double() - other.double()).abs())
+    return float(gap.max()) if gap.numel() else 0.0
+
+
+def _take_codes(r: _Runner, deployed: nn.Module, inputs: Any, watched: Watched, read: Read) -> None:
+    theirs = read.codes
     found, unknown = differences(watched.codes(), theirs)
     if unknown:         # a layer took a short way, whose codes nobody sees: the same model without it
         found, unknown = differences(watch(deployed, inputs, "reference").codes(), theirs)
@@ -359,6 +373,7 @@ def _summed_up(r: _Runner, step: float) -> None:
     row.agreement = r.equal / r.asked if r.asked else None
     row.output_difference = r.difference
     row.output_steps = r.difference / step if step > 0 else None
+    row.codes_beside = r.beside / step if step > 0 else 0.0
     row.uncompared = list(r.uncompared)
     row.compared_codes = sum(d.codes for d in r.codes.values())
     if row.compared_codes:
@@ -415,7 +430,8 @@ def _as_planned(operator: Operator, activation: bool, weight: bool) -> bool:
 
 
 def _quantized(deployed: nn.Module) -> dict[str, tuple[bool, bool]]:
-    """Layers that multiply, look up or add, and are quantized -> whether activations, whether weight (or other operand)."""
+    """Layers that multiply, look up or add -> whether their activations, and their weights or other operands, are
+    quantized."""
     found = {}
     for name, module in quantized_modules(deployed).items():
         plan = module.plan

@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from torch import Tensor
 
 from qat.errors import CheckpointError, UnsupportedError
-from qat.runtimes.base import Codes, Operator, Runtime, Session
+from qat.runtimes.base import Operator, Read, Runtime, Session
 from qat.runtimes.onnx_graph import Place, as_codes, feed, load, open_batch, operators, with_codes
 
 FAILURES = (failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.InvalidProtobuf,
@@ -62,13 +62,14 @@ class OnnxRuntimeSession(Session):
     def operators(self) -> list[Operator]:
         return operators(self.optimized)
 
-    def codes(self, inputs: Any) -> list[Codes]:
+    def codes(self, inputs: Any) -> Read:
         if self._watching is None:
             content, places = with_codes(self.model)
             self._watching = self._start(content), places
         session, places = self._watching
         values = self._run(session, inputs)
-        return as_codes(places, values[len(values) - len(places):])
+        own = len(values) - len(places)
+        return Read(as_codes(places, values[own:]), [torch.from_numpy(y) for y in values[:own]])
 
 
 def _first(error: Exception) -> str:

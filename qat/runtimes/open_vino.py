@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.deploy import export
 from qat.errors import CheckpointError, UnsupportedError
-from qat.runtimes.base import Codes, Operator, Runtime, Session
+from qat.runtimes.base import Operator, Read, Runtime, Session
 from qat.runtimes.onnx_graph import WEIGHT, Place, as_codes, feed, layer_of, load, open_batch, with_codes
 
 PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -20,7 +20,7 @@ SUMS = ("Eltwise", "Concatenation")
 
 
 class OpenVinoSession(Session):
-    """One file, with activations of floating point layers in float32 and no quantization that the file does not have."""
+    """One file; floating point stays float32, and nothing is quantized that the file does not quantize."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.model = path, load(path)
@@ -78,13 +78,14 @@ class OpenVinoSession(Session):
                     note(other, operator, types[:2], result, True)
         return [Operator(r.layer, r.operator, r.operands, r.result, n, r.sums) for r, n in found.items()]
 
-    def codes(self, inputs: Any) -> list[Codes]:
+    def codes(self, inputs: Any) -> Read:
         if self._watching is None:
             content, places = with_codes(self.model)
             self._watching = self._compile(content), places
         compiled, places = self._watching
         values = self._run(compiled, inputs)
-        return as_codes(places, [v.numpy() for v in values[len(values) - len(places):]])
+        own = len(values) - len(places)
+        return Read(as_codes(places, [v.numpy() for v in values[own:]]), values[:own])
 
 
 def _type(port: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.deploy import save
 from qat.deploy.convert import outputs
 from qat.errors import UnsupportedError
-from qat.runtimes.base import Codes, Operator, Runtime, Session
+from qat.runtimes.base import Operator, Read, Runtime, Session
 from qat.runtimes.watch import kernels, watch
 from qat.tracing import call, evaluating
 
@@ -31,8 +31,9 @@ class TorchSession(Session):
     def operators(self) -> list[Operator]:
         return [] if self.last is None else kernels(self.deployed, self.last)
 
-    def codes(self, inputs: Any) -> list[Codes]:
-        return watch(self.deployed, inputs).codes()
+    def codes(self, inputs: Any) -> Read:
+        watched = watch(self.deployed, inputs)
+        return Read(watched.codes(), watched.outputs)
 
 
 class Torch(Runtime):

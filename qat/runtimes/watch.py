@@ -238,6 +238,14 @@ class Difference:
     differing: int = 0
     codes: int = 0
 
+    def take(self, ours: Codes, theirs: Codes) -> None:
+        """Add what differs between two tensors of as many codes."""
+        shift = 128 * (theirs.unsigned - ours.unsigned)
+        gap = (ours.codes.flatten().int() + shift - theirs.codes.flatten().int()).abs()
+        self.greatest = max(self.greatest, int(gap.max()) if gap.numel() else 0)
+        self.differing += int((gap > 0).sum())
+        self.codes += gap.numel()
+
 
 def differences(ours: Sequence[Codes], theirs: Sequence[Codes]) -> tuple[dict[str, Difference], list[str]]:
     """The codes of a runtime against those of torch, layer by layer; and the layers where that cannot be said.
@@ -246,6 +254,7 @@ def differences(ours: Sequence[Codes], theirs: Sequence[Codes]) -> tuple[dict[st
     """
     found: dict[str, Difference] = {}
     unknown: list[str] = []
+    missing: list[str] = []
     for layer in dict.fromkeys(c.layer for c in theirs):
         a, b = ([c for c in codes if c.layer == layer] for codes in (ours, theirs))
         if len(a) != len(b):
@@ -253,13 +262,23 @@ def differences(ours: Sequence[Codes], theirs: Sequence[Codes]) -> tuple[dict[st
         if len(a) != len(b) or any(x.codes.numel() != y.codes.numel() for x, y in zip(a, b)):
             unknown.append(layer)
             continue
-        entry = found.setdefault(layer, Difference())
         for x, y in zip(a, b):
-            gap = (x.codes.flatten().int() + 128 * (y.unsigned - x.unsigned) - y.codes.flatten().int()).abs()
-            entry.greatest = max(entry.greatest, int(gap.max()) if gap.numel() else 0)
-            entry.differing += int((gap > 0).sum())
-            entry.codes += gap.numel()
-    return found, unknown
+            found.setdefault(layer, Difference()).take(x, y)
+    left = [c for c in ours if c.layer not in found]
+    for c in [c for c in theirs if c.layer in unknown]:     # a composite may quantize for its part
+        match = next((o for o in left if o.codes.numel() == c.codes.numel() and _related(o.layer, c.layer)), None)
+        if match is None:
+            missing.append(c.layer)
+            continue
+        left = [o for o in left if o is not match]
+        found.setdefault(c.layer, Difference()).take(match, c)
+    return {n: d for n, d in found.items() if n not in missing}, list(dict.fromkeys(missing))
+
+
+def _related(one: str, other: str) -> bool:
+    """Whether one of two modules is inside of the other."""
+    short, long = sorted((one, other), key=len)
+    return f"{long}.".startswith(f"{short}." if short else "")
 
 
 def _distinct(codes: Sequence[Codes]) -> list[Codes]:
