@@ -1,5 +1,6 @@
 """Measure a run again from what is on disk: ``python evaluate.py run=<folder>`` or ``deployed=<folder>``.
 
+``runtimes=[torch,onnxruntime,openvino]`` with either compares the deployed model in these runtimes.
 ``plan=<directory, config.json or count>`` says what a model needs in memory, ``sweep=<folder>`` shows many runs.
 """
 

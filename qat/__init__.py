@@ -40,6 +40,7 @@ from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import FakeQuantize
 from qat.recipe import Recipe, Rule
 from qat.rewriter import Coverage, coverage, is_prepared, prepare
+from qat.runtimes import compare_runtimes
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +54,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
            "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec",
-           "adapter_state", "add_adapters", "calibrate", "convert", "coverage", "errors", "export", "freeze_batch_norm",
-           "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune",
-           "prune_channels", "reestimate_batch_norm", "resident_bytes", "save", "set_observing", "set_rung",
-           "sparsity", "stream", "targets", "verify_export", "without_weights"]
+           "adapter_state", "add_adapters", "calibrate", "compare_runtimes", "convert", "coverage",
+           "errors", "export", "freeze_batch_norm", "freeze_ranges", "is_prepared", "load",
+           "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels",
+           "reestimate_batch_norm", "resident_bytes", "save", "set_observing", "set_rung", "sparsity",
+           "stream", "targets", "verify_export", "without_weights"]

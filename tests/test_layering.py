@@ -11,8 +11,8 @@ import qat
 
 FLOORS = [
     ("numerics",), ("kernels",), ("quantizers",), ("recipe",), ("targets",), ("modules", "tracing"), ("planning",),
-    ("rewriter",), ("calibration",), ("compression",), ("deploy",), ("search",), ("training",), ("retrieval",),
-    ("reporting",), ("pipeline",),
+    ("rewriter",), ("calibration",), ("compression",), ("deploy",), ("runtimes",), ("search",), ("training",),
+    ("retrieval",), ("reporting",), ("pipeline",),
 ]
 """Lowest first. ``errors`` is the ground that all of them stand on."""
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}

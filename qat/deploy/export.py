@@ -99,9 +99,7 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
         UnsupportedError: an unknown format or target; something that the format cannot hold; the extra is missing.
     """
     module = load_format(format)
-    if not is_prepared(deployed) or any(not m.frozen for m in quantized_modules(deployed).values()
-                                        if m.plan.weight is not None):
-        raise CheckpointError("only deployed models are exported: deployed, certificate = qat.convert(model, batches)")
+    check_deployed(deployed)
     write: Callable[..., Iterable[str] | None] = module.write
     known = [n for n in inspect.signature(write).parameters if n not in inspect.signature(export).parameters]
     for option in options:
@@ -127,6 +125,15 @@ def export(deployed: nn.Module, path: str | os.PathLike[str], format: str, examp
         write_synced(describing / manifest_of(path, made.is_dir()).name, content.encode())
     home = path if made == describing else path.parent
     return Exported(path, sizes, manifest_of(path, path.is_dir()), home / card)
+
+
+def check_deployed(model: nn.Module) -> None:
+    """Raises:
+        CheckpointError: the model is not deployed.
+    """
+    if not is_prepared(model) or any(not m.frozen for m in quantized_modules(model).values()
+                                     if m.plan.weight is not None):
+        raise CheckpointError("only deployed models are exported: deployed, certificate = qat.convert(model, batches)")
 
 
 def load_format(format: str) -> ModuleType:

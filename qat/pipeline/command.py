@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 from yaml import YAMLError
 
 import qat
@@ -29,10 +31,11 @@ from qat.deploy.memory import Contents, MemoryPlan, Workload, plan_memory
 from qat.deploy.shapes import NAMED_BY_USER, from_module, read_contents
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, check_keys, run_config, stored_config
+from qat.pipeline.evaluation import load_model
 from qat.pipeline.host import keep_freed_memory
 from qat.pipeline.run import Run
 from qat.pipeline.storage import claim, write_text
-from qat.reporting import compare, read_csv, read_devices, read_sweep, render_memory
+from qat.reporting import compare, read_csv, read_devices, read_sweep, render_memory, render_runtimes
 from qat.training.build import allow_targets, build, plain
 
 OVERRIDES = ("weight", "input", "rules", "edges", "backward_dtype", "calibration")  # of Recipe.preset
@@ -121,8 +124,8 @@ def train(config: DictConfig, console: Console) -> None:
 
 
 def evaluate(config: DictConfig, console: Console) -> None:
-    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table; or
-    show the runs of a sweep, or what a model needs in memory."""
+    """The task of evaluate.py: measure a run folder or a deployed folder again, and compare with the stored table, or
+    run it in other runtimes; or show the runs of a sweep, or what a model needs in memory."""
     check_keys(config, STORED + FOLDED + OF_THE_CALL, "")
     allow_targets(*(config.allow_targets or ()))
     if sum(value is not None for value in (config.run, config.deployed, config.sweep, config.plan)) != 1:
@@ -130,12 +133,17 @@ def evaluate(config: DictConfig, console: Console) -> None:
             "Say what to evaluate: run=<run folder>, deployed=<deployed folder>, sweep=<folder of run folders> or "
             "plan=<directory, config.json or parameter count>."
         )
+    if config.runtimes is not None and config.run is None and config.deployed is None:
+        raise ConfigError("runtimes= compares one model: give run=<run folder> or deployed=<deployed folder>.")
     if config.plan is not None:
         console.print(render_memory(_memory(plain({key: config[key] for key in OF_THE_PLAN}))))
         return
     folder = Path(config.run or config.deployed or config.sweep)
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}.")
+    if config.runtimes is not None:
+        _runtimes(config, folder, console)
+        return
     if config.sweep is not None:
         _aggregate(folder, console)
         return
@@ -143,9 +151,8 @@ def evaluate(config: DictConfig, console: Console) -> None:
         results = Run(stored_config(folder), folder, console).evaluate()
         table = folder / "results.csv"
     else:
-        values = stored_config(folder) if (folder / "config.yaml").exists() else run_config(config)
-        deployed = qat.load(folder, build(values["model"], "model")).eval()
-        results = Run(values, folder, console).measure({"deployed": (deployed, folder)})
+        run, deployed = _deployed(config, folder, console)
+        results = run.measure({"deployed": (deployed, folder)})
         table = folder.resolve().parent / "results.csv"
     console.print(results.render())
     if not table.exists():
@@ -183,6 +190,35 @@ def _contents_of_run(folder: Path, numbers: dict[str, Any]) -> Contents:
     if (folder / "deployed" / MANIFEST).is_file():
         contents = dataclasses.replace(contents, stored=read_contents(str(folder / "deployed")).stored)
     return contents
+
+
+def _runtimes(config: DictConfig, folder: Path, console: Console) -> None:
+    """The deployed model of a run, or of a folder, in other runtimes; the table is stored in the run folder."""
+    for name in ("onnx_ir", "onnxscript", "torch.onnx"):        # each of their passes says what it did
+        logging.getLogger(name).setLevel(logging.ERROR)
+    given = plain({"runtimes": config.runtimes})["runtimes"]
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"runtimes is a list of names such as [torch,onnxruntime], not {given!r}.")
+    kept: Path | None
+    if config.run is not None:
+        run, kept = Run(stored_config(folder), folder, console), folder
+        deployed = load_model(run.config, folder, "deployed", None)
+    else:
+        run, deployed = _deployed(config, folder, console)
+        kept = folder.resolve().parent if (folder.resolve().parent / "results.csv").exists() else None
+    table = run.compare_runtimes(deployed, names, None if kept is None else kept / "runtimes")
+    console.print(render_runtimes(table))
+    if kept is not None:
+        write_text(kept / "runtimes.json", json.dumps(table.to_dict(), indent=1))
+        console.print(f"[dim]written[/] {_shown(kept / 'runtimes.json')}, and the exported files in "
+                      f"{_shown(kept / 'runtimes')}", highlight=False, soft_wrap=True)
+
+
+def _deployed(config: DictConfig, folder: Path, console: Console) -> tuple[Run, nn.Module]:
+    """A deployed folder: the run that it is measured as, and its model."""
+    values = stored_config(folder) if (folder / "config.yaml").exists() else run_config(config)
+    return Run(values, folder, console), qat.load(folder, build(values["model"], "model")).eval()
 
 
 def _aggregate(folder: Path, console: Console) -> None:

@@ -37,7 +37,8 @@ OF_THE_PLAN = (
     "plan", "device", "context", "batch", "kv_bits", "activation_bits", "group_size", "scale_dtype", "zero_points",
     "attention", *NAMED_BY_USER,
 )  # fmt: skip
-OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep", *OF_THE_PLAN)
+OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deployed", "sweep", "runtimes",
+               *OF_THE_PLAN)
 MODES = ("qat", "ptq")
 OF_THE_TEACHER = ("teacher", "teacher_model", "cache", "control")
 """Keys of ``distill`` that say who teaches whom; the others are those of `qat.Distillation`."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from qat.deploy.streaming import read_weights, without_weights
 from qat.errors import CheckpointError
 from qat.pipeline.storage import load_weights
 from qat.reporting import Results, Row
+from qat.runtimes.timing import alternating_times
 from qat.training.build import build
 from qat.training.module import call_network
 from qat.training.pretrained import decoding
@@ -197,26 +195,6 @@ def kl(expected: Tensor, output: Tensor) -> Tensor:
     (..., classes)."""
     wanted, said = (t.float().log_softmax(-1).flatten(0, -2) for t in (expected, output))
     return nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
-
-
-def alternating_times(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, float]:
-    """Median milliseconds of each call. They take turns, so that a disturbance meets all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn, (name, made) in itertools.product(range(repeats + 2), calls.items()):
-        _wait(device)
-        start = time.perf_counter()
-        made()
-        _wait(device)
-        if turn >= 2:  # the first turns warm caches up
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def move(inputs: Any, device: torch.device) -> Any:

@@ -63,6 +63,7 @@ from qat.pipeline.evaluation import (
     load_model,
     measure,
     move,
+    predictions,
     stored_bytes,
     weights_file,
 )
@@ -70,6 +71,7 @@ from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights,
 from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
 from qat.rewriter import Row
+from qat.runtimes import RuntimeTable, compare_runtimes
 from qat.training.averaging import WeightAverage
 from qat.training.build import build, check_arguments
 from qat.training.data import ResumableData, stream_seed
@@ -423,6 +425,26 @@ class Run:
             self.device,
             repeats=3 if self.fast else 30,
             prepared=self.prepared,
+        )
+
+    def compare_runtimes(self, deployed: nn.Module, names: Iterable[str], folder: Path | None) -> RuntimeTable:
+        """Run a deployed model in these runtimes on the test set of this run.
+
+        Args:
+            folder: where the exported files are kept; None: nowhere.
+        """
+        self.data.setup("test")
+        name, metric = next(iter(self.config["metrics"].items()))
+        loss = build(self.config["loss"], "loss")
+        return compare_runtimes(
+            deployed.cpu(),
+            itertools.islice(self.data.test_dataloader(), 1 if self.fast else None),
+            names,
+            metric=build(metric, f"metrics.{name}"),
+            metric_name=name,
+            predict=functools.partial(predictions, loss=loss),
+            folder=folder,
+            repeats=3 if self.fast else 30,
         )
 
     def _load(self, model: str) -> nn.Module:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qat.deploy import export
+from qat.deploy.export import export
 from qat.errors import UnsupportedError
 
 INTEGERS = frozenset({"u1", "u2", "u3", "u4", "u5", "u6", "u8", "u16", "s2", "s4", "s8", "s16", "s32"})
@@ -41,6 +41,7 @@ class Operator:
             before the product has the type in which it is stored, if no float copy of the whole of it is kept.
         result: the type of what it hands on; "" if unknown.
         count: how often it is in the graph (a layer that runs once for each time step).
+        sums: whether it is a sum or a concatenation, and no product or look-up.
     """
 
     layer: str
@@ -48,6 +49,7 @@ class Operator:
     operands: tuple[str, ...]
     result: str = ""
     count: int = 1
+    sums: bool = False
 
     @property
     def integer(self) -> bool:
@@ -74,14 +76,28 @@ class Codes:
 
     Attributes:
         layer: the layer in whose forward the quantizer ran.
-        codes: int32, the shape of the tensor that was quantized. int8 codes may have become uint8, 128 higher, in a
-            file: they are given as int8 was trained, or as the file has them with ``unsigned`` set.
-        unsigned: whether the smallest code of the grid is 0.
+        codes: the shape of the tensor that was quantized, or with its leading dimensions flattened. Where a file holds
+            codes of int8 as uint8, 128 higher, they are given as the file has them.
+        unsigned: whether the smallest code of their type is 0.
     """
 
     layer: str
     codes: Tensor
     unsigned: bool
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read at the quantizers of a runtime.
+
+    Attributes:
+        codes: in the order of the computation.
+        outputs: of the computation that the codes were read from. Where the file has no outputs for codes, that is
+            another graph than the file's, which the runtime may fuse in another way.
+    """
+
+    codes: Sequence[Codes]
+    outputs: Sequence[Tensor]
 
 
 class Session(ABC):
@@ -111,7 +127,7 @@ class Session(ABC):
         knows what ran only afterwards is asked after it has been called.
         """
 
-    def codes(self, inputs: Any) -> Sequence[Codes] | None:
+    def codes(self, inputs: Any) -> Read | None:
         """The codes at every static or dynamic quantizer of activations for these inputs; None: not to be had."""
         return None
 

@@ -1,0 +1,121 @@
+"""OpenVINO on the CPU, which reads ONNX; its operators come from the runtime model that it has compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from qat.deploy import export
+from qat.errors import CheckpointError, UnsupportedError
+from qat.runtimes.base import Operator, Read, Runtime, Session
+from qat.runtimes.onnx_graph import WEIGHT, Place, as_codes, feed, layer_of, load, open_batch, with_codes
+
+PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+SUMS = ("Eltwise", "Concatenation")
+
+
+
+class OpenVinoSession(Session):
+    """One file; floating point stays float32, and nothing is quantized that the file does not quantize."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.model = path, load(path)
+        self.core = ov.Core()
+        self.compiled = self._compile(self.model.SerializeToString())
+        self.batch = open_batch(None if d.is_dynamic else d.get_length()
+                                for d in (i.partial_shape[0] for i in self.compiled.inputs if len(i.partial_shape)))
+        self._watching: tuple[Any, list[Place]] | None = None
+
+    def _compile(self, content: bytes) -> Any:
+        try:
+            return self.core.compile_model(self.core.read_model(content, b""), "CPU", {
+                "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.path}: OpenVINO cannot compile it: {_last(error)}") from None
+
+    def __call__(self, inputs: Any) -> list[Tensor]:
+        return self._run(self.compiled, inputs)
+
+    def _run(self, compiled: Any, inputs: Any) -> list[Tensor]:
+        """
+        Raises:
+            UnsupportedError: inputs of other shapes or types than the file has.
+        """
+        try:
+            made = compiled(feed([i.any_name for i in compiled.inputs], inputs))
+        except RuntimeError as error:
+            raise UnsupportedError(f"{self.path}: OpenVINO cannot run it: {_last(error)}") from None
+        return [torch.from_numpy(made[o].copy()) for o in compiled.outputs]
+
+    def operators(self) -> list[Operator]:
+        found: dict[Operator, int] = {}
+
+        def note(layer: str, operator: str, operands: list[str], result: str, sums: bool) -> None:
+            row = Operator(layer, operator, tuple(operands), result, 1, sums)
+            found[row] = found.get(row, 0) + 1
+
+        for op in self.compiled.get_runtime_model().get_ordered_ops():
+            about = {k: str(getattr(v, "value", v)) for k, v in op.get_rt_info().items()}
+            kind, names = about.get("layerType", ""), about.get("originalLayersNames", "").split(",")
+            inputs = [i.get_source_output().get_node().get_friendly_name() for i in op.inputs()]
+            types = [_type(i) for i in op.inputs()]
+            result = _type(op.outputs()[0]) if op.outputs() else ""
+            operator = f"{kind} {about.get('primitiveType', '')}".strip()
+            if kind in PRODUCTS or (kind == "Subgraph" and any("/MatMul" in n for n in names)):
+                weights = [match[1] for name in inputs if (match := WEIGHT.search(name))] if kind in PRODUCTS else []
+                layer = weights[0] if weights else next((layer_of(n.split("/WithoutBiases")[0]) for n in names
+                                                         if "/" in n and "QuantizeLinear" not in n), "")
+                note(layer, operator, types[:2], result, False)
+                for other in {layer_of(n) for n in names if "/QuantizeLinear" in n} - {layer, ""}:
+                    note(other, f"fused into {operator}", [types[0], *types[3:4]], result, True)
+            elif kind in SUMS:
+                for other in {layer_of(n) for n in names if "/QuantizeLinear" in n} - {""}:
+                    note(other, operator, types[:2], result, True)
+        return [Operator(r.layer, r.operator, r.operands, r.result, n, r.sums) for r, n in found.items()]
+
+    def codes(self, inputs: Any) -> Read:
+        if self._watching is None:
+            content, places = with_codes(self.model)
+            self._watching = self._compile(content), places
+        compiled, places = self._watching
+        values = self._run(compiled, inputs)
+        own = len(values) - len(places)
+        return Read(as_codes(places, [v.numpy() for v in values[own:]]), values[:own])
+
+
+def _type(port: Any) -> str:
+    name = port.get_element_type().get_type_name() if hasattr(port, "get_element_type") else "?"
+    return {"i8": "s8", "i4": "s4", "i32": "s32", "i64": "s64"}.get(name, name)
+
+
+def _last(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+class OpenVino(Runtime):
+    """OpenVINO's CPU plugin, on a Q/DQ file; where the recipe has products that are no Q/DQ pattern, on one that writes
+    those as integer operators."""
+
+    name: ClassVar[str] = "openvino"
+    format: ClassVar[str] = "onnx"
+    target: ClassVar[str | None] = "openvino"
+    suffix: ClassVar[str] = ".onnx"
+    package: ClassVar[str] = "openvino"
+    extra: ClassVar[str | None] = "openvino"
+
+    def export(self, deployed: nn.Module, path: Path, example_inputs: Any) -> None:
+        try:
+            export(deployed, path, self.format, example_inputs, self.target, form="qdq")
+        except UnsupportedError as error:
+            if "no Q/DQ pattern" not in str(error):
+                raise
+            export(deployed, path, self.format, example_inputs, self.target, form="auto")
+
+    def open(self, path: Path) -> OpenVinoSession:
+        return OpenVinoSession(path)
