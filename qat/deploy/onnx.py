@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from qat import targets
-from qat.deploy.onnx_lowering import Lowering
+from qat.deploy.onnx_lowering import Lowering, scope_of
 from qat.deploy.onnx_rules import check_explicit_quantization
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.kernels import ste, table, weight_only
@@ -326,9 +326,12 @@ def _tidy(model: ir.Model) -> None:
     ends = set(graph.outputs)
     fixed = {v.name for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     for node in graph:
+        scope = scope_of(node)
         node.metadata_props.clear()
         node.doc_string = None
         kind = node.name or node.op_type
+        if scope and "/" not in kind:           # runtimes name fused operators after these
+            kind = f"{scope}/{node.op_type}"
         taken[kind] = taken.get(kind, -1) + 1
         node.name = kind if not taken[kind] else f"{kind}_{taken[kind]}"
         for i, value in enumerate(node.outputs):
