@@ -164,9 +164,15 @@ def adjust(recipe: Recipe, target: str | Target, dtype: str = "float32") -> tupl
     rules = [*fitting.functions(rules), *rules]     # in front: the first rule that matches wins
     changes: dict[str, None] = dict.fromkeys(fitting.changes)
     edges = recipe.edges
-    if edges == "int8" and (not aim.static or "int8" not in aim.weights):
+    alone = any(r.weight is not None and r.input is None and r.weight.bits < 8 for r in rules)
+    if edges == "int8" and (not aim.static or "int8" not in aim.weights or (alone and "int8" not in aim.weight_only)):
         edges = "same"
-        changes[f"edges: same instead of int8, because {aim.name} does not run static int8 layers"] = None
+        kind = "weight-only" if aim.static and "int8" in aim.weights else "static"
+        changes[f"edges: same instead of int8, because {aim.name} does not run {kind} int8 layers"] = None
+        if alone and {"Embedding", "Linear"} <= set(aim.operators) and "int8" in aim.weight_only:
+            head = Rule(name="*lm_head", type="Linear", weight=TensorSpec("int8"), optional=True)
+            rules = [*_Fitting(fitting.target).rule(head, ()), *rules]
+            changes[f"{head}: int8 weights in the place of edges: int8, as embeddings, which heads often share"] = None
     absorbs = recipe.absorb and aim.absorbs
     if absorbs != recipe.absorb:
         changes[f"absorb: false, because {aim.name} has no unsigned codes: ReLUs stay in front of quantizers"] = None

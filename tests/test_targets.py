@@ -60,6 +60,11 @@ def test_seven_bits_keep_pair_sums_in_int16() -> None:
     ("w4a16", "llama_cpp", "groups of 32"),
     ("w3a16", "vllm", "weight format int4 instead of int3"),
     ("w4a8", "tensorrt", "weight format int8 instead of int4"),
+    ("w4a16", "tensorrt", "edges: same instead of int8, because tensorrt does not run weight-only int8"),
+    ("w4a16", "llama_cpp", "int8 weights in the place of edges"),
+    ("w8a8", "vllm", "for Linear alone"),
+    ("w4a16", "vllm", "rule {type: Embedding}: keep: float32"),
+    ("w8a8", "tensorrt", "keep: float32 for AttentionScores, AttentionContext"),
 ])
 def test_changes_are_made_and_said(preset: str, target: str, said: str) -> None:
     recipe, changes = targets.adjust(qat.Recipe.preset(preset), target)
@@ -74,6 +79,28 @@ def test_changes_are_made_and_said(preset: str, target: str, said: str) -> None:
 def test_what_has_no_counterpart_is_refused_by_name(preset: str, target: str, named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         targets.adjust(qat.Recipe.preset(preset), target)
+
+
+def test_scales_are_held_in_the_type_of_the_model() -> None:
+    for dtype in ("bfloat16", "float16"):
+        recipe, changes = targets.adjust(qat.Recipe.preset("w4a16"), "vllm", dtype)
+        assert any(f"scales in {dtype}" in c for c in changes)
+        assert targets.adjust(recipe, "vllm", dtype) == (recipe, [])
+        weight = recipe.rules[-1].weight
+        assert weight is not None
+        assert weight.scale_dtype == dtype
+        targets.check("vllm", "layer", "Linear", weight, None, dtype=dtype)
+        with pytest.raises(UnsupportedError, match=f"layer: its weight.*scales in {dtype}"):
+            targets.check("vllm", "layer", "Linear", weight.replace(scale_dtype="float32"), None, dtype=dtype)
+    assert not any("scales" in c for c in targets.adjust(qat.Recipe.preset("w4a16"), "vllm")[1])
+
+
+@pytest.mark.parametrize("kind", ["Conv2d", "Embedding", "AttentionScores"])
+def test_rules_that_somebody_wrote_for_what_a_target_lacks_are_refused(kind: str) -> None:
+    spec = qat.TensorSpec("int8")
+    rule = qat.Rule(type=kind, weight=None if "Att" in kind else spec, input=spec if "Att" in kind else None)
+    with pytest.raises(UnsupportedError, match=f"{kind} cannot run on vllm.*keep: float32"):
+        targets.adjust(qat.Recipe(rules=(rule,)), "vllm")
 
 
 def test_unknown_targets_name_the_nearest() -> None:

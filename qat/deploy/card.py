@@ -76,7 +76,8 @@ def _figure(value: Any) -> str:
 def _certificate(proof: Mapping[str, Any] | None) -> str:
     if proof is None:
         return "None is stored with this model."
-    return (f"On {proof['samples']:,} samples in {proof['batches']} batches the deployed model was compared with the "
+    return (f"On {proof['samples']:,} samples in {proof['batches']} "
+            f"{'batch' if proof['batches'] == 1 else 'batches'} the deployed model was compared with the "
             f"trained one in {len(proof['layers'])} layers: greatest output difference "
             f"{proof['max_output_difference']:g}, equal predictions {proof['prediction_agreement']:.2%}, "
             f"{'equal bit for bit' if proof['equal'] else 'NOT EQUAL'}. That is about the deployed model, whose "

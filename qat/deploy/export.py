@@ -164,7 +164,8 @@ def check_target(model: nn.Module, target: str) -> None:
     """Hold the layers of a prepared or deployed model against a target, before it is trained, say.
 
     Raises:
-        UnsupportedError: a layer that the target cannot run, by name; or nothing is quantized.
+        UnsupportedError: a layer that the target cannot run, by name; nothing is quantized; a target that runs language
+            models of transformers alone, and another model.
     """
     aim = targets.get(target)
     modules = quantized_modules(model)
@@ -173,6 +174,10 @@ def check_target(model: nn.Module, target: str) -> None:
                                f"{', '.join(aim.operators) or 'its layers'} on integers, and it has none of these that "
                                "the recipe matches")
     if aim.only_linear:
+        if not hasattr(getattr(model, "config", None), "model_type"):
+            others = ", ".join(name for name, other in targets.TARGETS.items() if not other.only_linear)
+            raise UnsupportedError(f"{aim.name} runs models of transformers, and {type(model).__name__} is none: take "
+                                   f"another target, such as {others}")
         weight_layers(model)
     for name, module in modules.items():
         if not isinstance(module, Composite):

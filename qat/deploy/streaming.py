@@ -266,7 +266,7 @@ def _is_list(module: nn.Module) -> bool:
 
 def stream(model: nn.Module, source: str | os.PathLike[str], target: str | os.PathLike[str],
            recipe: Recipe | Mapping[str, Any] | str, example_inputs: Any, batches: Sequence[Any] = (),
-           progress: Progress | None = None) -> Certificate:
+           progress: Progress | None = None, ready: Callable[[nn.Module], object] | None = None) -> Certificate:
     """Quantize the model whose weights are in the folder ``source``, and write it, deployed, to the folder ``target``.
 
     The model walks through ``batches`` unit by unit: each is read, calibrated on what the quantized units before it
@@ -283,6 +283,7 @@ def stream(model: nn.Module, source: str | os.PathLike[str], target: str | os.Pa
         batches: data for ranges, algorithms and the certificate. None: weights are rounded to nearest; a recipe with
             static ranges or algorithms needs data.
         progress: called with "quantize", the units done, and how many there are.
+        ready: called with the prepared model, before weights are read; what it raises ends the call.
 
     Returns:
         The certificate: each unit compared with itself before freezing, on the data of its first batch.
@@ -295,7 +296,10 @@ def stream(model: nn.Module, source: str | os.PathLike[str], target: str | os.Pa
     """
     if any(p.device != META for p in model.parameters()):
         raise PrepareError("stream reads the weights itself: build the architecture inside of qat.without_weights()")
-    return _Stream(model, TensorFolder(source), Path(target), recipe, example_inputs, list(batches), progress).run()
+    made = _Stream(model, TensorFolder(source), Path(target), recipe, example_inputs, list(batches), progress)
+    if ready is not None:
+        ready(made.model)
+    return made.run()
 
 
 class _Alone(nn.Module):

@@ -257,8 +257,10 @@ class Run:
         shown = self.console.is_terminal and not self.console.quiet
         with Progress(*Progress.get_default_columns(), console=self.console, transient=True, disable=not shown) as bar:
             task = bar.add_task("quantize", total=None)
+            fits = {} if self.target is None else {"ready": functools.partial(check_target, target=self.target)}
             certificate = stream(network, float_source(self.config, self.folder), self.folder / "deployed", self.recipe,
-                                 self._example, batches, lambda _, done, of: bar.update(task, completed=done, total=of))
+                                 self._example, batches, lambda _, done, of: bar.update(task, completed=done, total=of),
+                                 **fits)
         manifest = read_manifest(self.folder / "deployed")
         coverage = manifest["coverage"]
         columns = [field.name for field in dataclasses.fields(Row)]         # the manifest has them by the alphabet

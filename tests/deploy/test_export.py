@@ -36,7 +36,7 @@ def deployed() -> nn.Module:
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     transformers = pytest.importorskip("transformers")
-    source = zoo.language_model_folder(tmp_path_factory.mktemp("float"))
+    source = zoo.language_model_folder(tmp_path_factory.mktemp("float"), num_hidden_layers=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     batch = {"input_ids": torch.randint(0, 300, (2, 9)), "use_cache": False}
     return qat.convert(zoo.prepared(model, WEIGHTS, [batch]), [batch])[0], source
