@@ -55,6 +55,6 @@ def __getattr__(name: str) -> Any:
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
            "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec",
            "adapter_state", "add_adapters", "calibrate", "compare_runtimes", "convert", "coverage", "errors", "export",
-           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters", "prepare", "prune",
-           "prune_channels", "reestimate_batch_norm", "resident_bytes", "save", "set_observing", "set_rung",
-           "sparsity", "stream", "targets", "without_weights"]
+           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters",
+           "prepare", "prune", "prune_channels", "reestimate_batch_norm", "resident_bytes", "save", "set_observing",
+           "set_rung", "sparsity", "stream", "targets", "without_weights"]

@@ -109,7 +109,7 @@ class RuntimeTable:
         columns |= {
             "as torch": lambda r: _shown(r.agreement, ".2%"),
             "code diff": lambda r: _shown(r.code_difference, "d"),
-            "codes off": lambda r: _shown(r.differing_codes, ".4%"),
+            "codes off": lambda r: _shown(r.differing_codes, ".3%"),
             "output diff": lambda r: _shown(r.output_steps, ".3g"),
             "latency ms": lambda r: _shown(r.latency_ms, ".2f"),
             "bytes": lambda r: _shown(r.bytes, ","),
@@ -146,8 +146,8 @@ class RuntimeTable:
                     f"{layer or 'the model'} ({count}, by up to {most})" for layer, (most, count) in worst[:8])
                     + (f" and {len(worst) - 8} more" if len(worst) > 8 else ""), True))
             if r.codes_beside:
-                said.append((f"{r.runtime}: its codes were read from a graph that it fuses in another way, whose outputs "
-                             f"differ by up to {r.codes_beside:.3g} steps from those of the file", True))
+                said.append((f"{r.runtime}: its codes were read from a graph that it fuses in another way, whose "
+                             f"outputs differ by up to {r.codes_beside:.3g} steps from those of the file", True))
             if r.uncompared:
                 said.append((f"{r.runtime}: quantizers that could not be matched with torch's: "
                              + ", ".join(layer or "the model" for layer in r.uncompared), True))
