@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py                                       # digits, every scheme, 5 folds x 3 seeds: hours
     python benchmarks/accuracy.py task=lm recipe=w4a8,w2a8 seeds=3      # the byte language model
+    python benchmarks/accuracy.py task=lm recipe=w1a8 experiment=lm_one_bit     # by another experiment of its kind
     python benchmarks/accuracy.py recipe=w8a8,w4a4 folds=5 seeds=3 [out=<folder>] [any option of train.py]
 
 Each cell (recipe, fold, seed) is a whole run of train.py; float training and control are shared between the recipes
@@ -51,9 +52,7 @@ LEAST = {"digits": {"w1a1": 92.0}}
 
 def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
     """Run one cell and return its line of ``cells.jsonl``."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [*TASKS[task], f"recipe={recipe}", f"fold={fold}", f"seed={seed}", *overrides])
-    config = run_config(composed)
+    config = configuration(task, recipe, fold, seed, overrides)
     run = Run(config, out / task / recipe / f"fold{fold}_seed{seed}_{digest(config)}", Console(quiet=True))
     shared = {stage: out / task / stage / f"fold{fold}_seed{seed}_{digest(config, unlike(stage, config))}"
               for stage in SHARED}
@@ -77,6 +76,14 @@ def cell(task: str, recipe: str, fold: int, seed: int, overrides: list[str], out
             **{model: rows[model].score for model in MODELS}, "metric": results.metric,
             "higher_is_better": results.higher_is_better, "size": rows["deployed"].bytes / rows["float"].bytes,
             "seconds": seconds, "equal": results.bit_equal}
+
+
+def configuration(task: str, recipe: str, fold: int, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """The configuration of one cell; an experiment among the overrides takes the place of the task's."""
+    chosen = any(override.startswith("experiment=") for override in overrides)
+    words = [*([] if chosen else TASKS[task]), f"recipe={recipe}", f"fold={fold}", f"seed={seed}", *overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return run_config(compose("config", words))
 
 
 def unlike(stage: str, config: dict[str, Any]) -> set[str]:

@@ -5,6 +5,7 @@ Machines are noisy: what counts is the ratio of medians of steps that ran altern
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -12,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qat.pipeline.host import keep_freed_memory
 
@@ -85,3 +89,40 @@ def machine() -> str:
                                 ("AMX", torch.cpu._is_amx_tile_supported())) if on]
     return (f"{date.today()}  torch {torch.__version__}  {torch.get_num_threads()} threads  {kind} {' '.join(features)}"
             + (f"  {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
+
+
+def session_options() -> Any:
+    """Options of onnxruntime for a session beside others: as many threads as torch has, which do not spin."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # it would slow the others' turns
+    return options
+
+
+def own_int8(model: nn.Module, calibration: Tensor, x: Tensor) -> Callable[[], Any] | None:
+    """The step of onnxruntime on its own static quantization of ``model``; None where it is not installed."""
+    if not all(importlib.util.find_spec(p) for p in ("onnx", "onnxruntime", "onnxscript")):
+        return None
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter([{"x": calibration.numpy()}])
+
+        def get_next(self) -> dict[str, object] | None:
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source, ready, target = (os.path.join(folder, n) for n in ("float.onnx", "ready.onnx", "int8.onnx"))
+        torch.onnx.export(model, (calibration[:2],), source, input_names=["x"], dynamo=True, external_data=False,
+                          verbose=False, dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        quant_pre_process(source, ready, skip_symbolic_shape=True)
+        quantize_static(ready, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+        session = onnxruntime.InferenceSession(target, session_options(), providers=["CPUExecutionProvider"])
+    feed = {"x": x.numpy()}
+    return lambda: session.run(None, feed)

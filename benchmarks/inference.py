@@ -11,15 +11,11 @@ between layers and 2.5x with codes passed on.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 
 import torch
-from harness import alternate, machine, table
+from harness import alternate, machine, own_int8, table
 from torch import nn
 
 import qat
@@ -54,33 +50,6 @@ def deploy(model: nn.Module, x: torch.Tensor, recipe: qat.Recipe) -> nn.Module:
     return qat.convert(prepared, [x])[0]
 
 
-def onnxruntime_int8(model: nn.Module, x: torch.Tensor) -> Callable[[], object] | None:
-    """The step of onnxruntime on its own static quantization of ``model``; None where it is not installed."""
-    if not all(importlib.util.find_spec(p) for p in ("onnx", "onnxruntime", "onnxscript")):
-        return None
-    import onnxruntime
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter([{"x": x.numpy()}])
-
-        def get_next(self) -> dict[str, object] | None:
-            return next(self.batches, None)
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        source, target = os.path.join(folder, "float.onnx"), os.path.join(folder, "int8.onnx")
-        torch.onnx.export(model, (x,), source, input_names=["x"], dynamo=True, external_data=False, verbose=False)
-        quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow the others' turns
-        session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.numpy()}
-    return lambda: session.run(None, feed)
-
-
 def compare(title: str, model: nn.Module, x: torch.Tensor, recipes: dict[str, qat.Recipe], rounds: int) -> None:
     torch._dynamo.reset()
     model = model.eval()
@@ -96,7 +65,7 @@ def compare(title: str, model: nn.Module, x: torch.Tensor, recipes: dict[str, qa
             same = torch.equal(deployed(x), compiled(x))
         steps[f"qat {name} eager"] = lambda deployed=deployed: deployed(x)
         steps[f"qat {name} compiled{'' if same else ' (last bits differ)'}"] = lambda compiled=compiled: compiled(x)
-    other = onnxruntime_int8(model, x)
+    other = own_int8(model, x, x)
     if other is not None:
         steps["onnxruntime int8"] = other
     with torch.no_grad():

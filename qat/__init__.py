@@ -32,7 +32,7 @@ from qat.compression import (
     prune_channels,
     sparsity,
 )
-from qat.deploy import Certificate, convert, export, load, resident_bytes, save, stream, without_weights
+from qat.deploy import Certificate, convert, export, load, resident_bytes, save, stream, verify_export, without_weights
 from qat.errors import QuantizationError
 from qat.modules.functional import Add, Concat, MatMul
 from qat.numerics.formats import TensorSpec
@@ -54,7 +54,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = ["Add", "Certificate", "ChannelReport", "Concat", "Coverage", "Distillation", "Distiller", "FakeQuantize",
            "MatMul", "Pruning", "QuantizationError", "QuantizedTensor", "Recipe", "Rule", "TensorSpec",
-           "adapter_state", "add_adapters", "calibrate", "compare_runtimes", "convert", "coverage", "errors", "export",
-           "freeze_batch_norm", "freeze_ranges", "is_prepared", "load", "load_adapter_state", "merge_adapters",
-           "prepare", "prune", "prune_channels", "reestimate_batch_norm", "resident_bytes", "save", "set_observing",
-           "set_rung", "sparsity", "stream", "targets", "without_weights"]
+           "adapter_state", "add_adapters", "calibrate", "compare_runtimes", "convert", "coverage",
+           "errors", "export", "freeze_batch_norm", "freeze_ranges", "is_prepared", "load",
+           "load_adapter_state", "merge_adapters", "prepare", "prune", "prune_channels",
+           "reestimate_batch_norm", "resident_bytes", "save", "set_observing", "set_rung", "sparsity",
+           "stream", "targets", "verify_export", "without_weights"]

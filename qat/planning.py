@@ -139,6 +139,7 @@ class Planner:
         self.result.batch_norms = [n for n, m in self.modules.items() if type(m) in BATCH_NORMS]
         if self.trace is not None:
             self.fold_batch_norms()
+            self.hand_over()
             self.chain()
             if self.recipe.absorb:
                 self.absorb()
@@ -601,6 +602,38 @@ class Planner:
         return (self.trace.executed or not getattr(self.modules[name], "inplace", False)
                 or all(len(self.readers(c.inputs[0])) == 1 for c in self.calls(name)))
 
+    def hand_over(self) -> None:
+        """Where codes are made of accumulators, the quantizer of an only reader stands behind the layer that it reads.
+
+        Every value is quantized as before, at the same place of the model; the accumulator is at hand there.
+        """
+        layers = self.result.layers
+        for name, plan in layers.items():
+            calls = self.calls(name)
+            if (not plan.requantize or plan.output is not None or plan.parts or plan.kind in FUNCTIONS
+                    or len(calls) != 1 or not self.quiet(name)):
+                continue
+            takers, _ = self.takers(self.tail(name)[0].outputs[0])
+            if takers is None or len(takers) > 1:
+                continue
+            taker = next(iter(takers))
+            spec = layers[taker].input
+            if (spec is not None and not spec.dynamic and spec.granularity == "per_tensor" and spec.fmt.grid == "affine"
+                    and spec.learned in (None, "lsq") and len(self.calls(taker)) == 1
+                    and layers[taker].kind not in FUNCTIONS):
+                plan.output = spec
+
+    def tail(self, name: str) -> tuple[Call, str | None]:
+        """The call whose result the output quantizer of a layer sees: its own, that of the batch norm, or of the
+        activation function behind, which is named then."""
+        call = self.calls(self.result.layers[name].batch_norm or name)[0]
+        readers = self.readers(call.outputs[0])
+        follower = readers[0].module if len(readers) == 1 and readers[0] is not None else None
+        if (follower and self.recipe.absorb and clamp_of(self.modules[follower]) and len(self.calls(follower)) == 1
+                and self.quiet(follower)):
+            return self.calls(follower)[0], follower
+        return call, None
+
     def chain(self) -> None:
         """Layers with an output spec pass codes on, where everyone who reads them takes codes."""
         layers = self.result.layers
@@ -609,16 +642,12 @@ class Planner:
             assert plan.output is not None
             if plan.parts or len(calls) != 1 or plan.output.granularity != "per_tensor" or not self.quiet(name):
                 continue
-            tail = calls[0]
-            if plan.batch_norm:
-                tail = self.calls(plan.batch_norm)[0]
-            readers = self.readers(tail.outputs[0])
-            follower = readers[0].module if len(readers) == 1 and readers[0] is not None else None
-            if (follower and self.recipe.absorb and (clamp := clamp_of(self.modules[follower]))
-                    and plan.output.fmt.has_zero and len(self.calls(follower)) == 1 and self.quiet(follower)):
-                plan.output_absorbs, plan.output = clamp, unsigned(plan.output)
+            tail, follower = self.tail(name)
+            if follower and plan.output.fmt.has_zero:
+                plan.output_absorbs, plan.output = clamp_of(self.modules[follower]), unsigned(plan.output)
                 self.result.absorbed.append(follower)
-                tail = self.calls(follower)[0]
+            elif follower:
+                tail = self.calls(plan.batch_norm or name)[0]
             takers, movers = self.takers(tail.outputs[0], plan.output)
             if takers is None:
                 continue
@@ -626,8 +655,9 @@ class Planner:
             self.result.movers += [m for m in movers if m not in self.result.movers]
         self.chain_consumers()
 
-    def takers(self, key: Key, spec: TensorSpec) -> tuple[set[str] | None, list[str]]:
-        """The layers that read a tensor, through modules that only move values; None if one of them needs floats."""
+    def takers(self, key: Key, spec: TensorSpec | None = None) -> tuple[set[str] | None, list[str]]:
+        """The layers that read a tensor, through modules that only move values; None if one of them needs floats, or
+        codes of other bits than those of ``spec``."""
         found: set[str] = set()
         movers: list[str] = []
         for reader in self.readers(key):
@@ -647,7 +677,7 @@ class Planner:
             if (plan is None or plan.kind == "Embedding" or plan.parts or not self.quiet(reader.module)
                     or getattr(module, "padding_mode", "zeros") != "zeros"):
                 return None, []
-            if plan.input is not None and plan.input.bits != spec.bits:
+            if plan.input is not None and spec is not None and plan.input.bits != spec.bits:
                 return None, []
             found.add(reader.module)
         return (found or None), movers

@@ -20,6 +20,8 @@ from qat.recipe import Recipe, Rule
 AFFINE = tuple(n for n, f in FORMATS.items() if f.grid == "affine")
 SIGNED = tuple(n for n in AFFINE if FORMATS[n].signed)
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+ATTENTION = ("AttentionScores", "AttentionContext")
+"""The products of activations in attention of transformers."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Target:
         absorbs: whether ReLUs may become part of quantizers, whose codes are unsigned then.
         fuses: kinds of layers that only run on integers where their output has a scale too.
         quantized_operands: kinds of functions whose operands need scales.
-        operators: kinds of layers that run on integers; (): all that this package quantizes.
+        operators: kinds of layers that run on integers; (): all that this package quantizes. Where they are
+            embeddings and linear layers alone, the file holds no others.
         rounding: how the runtime puts values on a grid.
         bias: ``int32`` (whole steps of scale_x * scale_w, and training rounds to them), ``float32``, or None: as the
             recipe likes.
-        scale_dtype: in which its files hold scales of weights.
+        scale_dtype: in which its files hold scales of weights; ``model``: that of the float model.
         form: the form of ONNX that it wants, see :mod:`qat.deploy.onnx`; None: it reads no ONNX.
         explicit: whether its ONNX must follow the rules of explicit quantization, see :mod:`qat.deploy.onnx_rules`.
         positive_scales: whether it refuses negative scales.
@@ -75,6 +78,11 @@ class Target:
     positive_scales: bool = False
     recipe: str = "w8a8"
 
+    @property
+    def only_linear(self) -> bool:
+        """Whether nothing but linear layers and embeddings can be integers."""
+        return bool(self.operators) and set(self.operators) <= {"Linear", "Embedding"}
+
 
 _INT8 = ("int8",)
 _BYTES = ("int8", "uint8")
@@ -104,7 +112,8 @@ TARGETS: dict[str, Target] = {t.name: t for t in [
     Target("vllm", "vLLM with compressed-tensors: W8A8 and weight-only linear layers", weights=_INT8,
            weight_only=("int4", "int8"), weight_only_granularities=("per_group", "per_channel"),
            group_sizes=(128, 64, 32), activations=_INT8, dynamic=("per_token",), static=False,
-           symmetric_activations=True, absorbs=False, operators=("Linear",), form=None, recipe="w8a8_dynamic"),
+           symmetric_activations=True, absorbs=False, operators=("Linear",), scale_dtype="model", form=None,
+           recipe="w8a8_dynamic"),
     Target("llama_cpp", "llama.cpp: GGUF, weight-only, groups of 32 with float16 scales", weights=(),
            weight_only=("int8", "int4", "ternary"), weight_only_granularities=("per_group",), group_sizes=(32,),
            activations=(), static=False, operators=("Linear", "Embedding"), scale_dtype="float16", form=None,
@@ -133,8 +142,11 @@ def default_recipe(target: str | Target) -> Recipe:
     return adjust(Recipe.preset(aim.recipe), aim)[0]
 
 
-def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
+def adjust(recipe: Recipe, target: str | Target, dtype: str = "float32") -> tuple[Recipe, list[str]]:
     """``recipe`` as ``target`` can run it, and what was changed and why.
+
+    Args:
+        dtype: floating point type of the model, in which the files of some targets hold scales.
 
     Raises:
         UnsupportedError: a scheme that has no counterpart there, by name.
@@ -144,10 +156,11 @@ def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
     'int7'
     """
     aim = get(target)
-    fitting = _Fitting(aim)
+    fitting = _Fitting(aim if aim.scale_dtype != "model" else replace(aim, scale_dtype=dtype))
     rules: list[Rule] = []
     for rule in recipe.rules:
-        rules += fitting.rule(rule, rules)
+        for part in fitting.kinds(rule, rules):
+            rules += fitting.rule(part, rules)
     rules = [*fitting.functions(rules), *rules]     # in front: the first rule that matches wins
     changes: dict[str, None] = dict.fromkeys(fitting.changes)
     edges = recipe.edges
@@ -160,7 +173,9 @@ def adjust(recipe: Recipe, target: str | Target) -> tuple[Recipe, list[str]]:
     requantize = recipe.requantize or aim.bias == "int32"
     if requantize != recipe.requantize:
         changes[f"requantize: true, because {aim.name} adds int32 biases to its accumulators"] = None
-    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs, requantize=requantize), list(changes)
+    name = f"{recipe.name} for {aim.name}" if recipe.name and changes else recipe.name
+    return replace(recipe, rules=tuple(rules), edges=edges, absorb=absorbs, requantize=requantize,
+                   name=name), list(changes)
 
 
 @dataclass
@@ -176,6 +191,36 @@ class _Fitting:
     def refuse(self, rule: Rule, what: str, why: str) -> UnsupportedError:
         return UnsupportedError(f"{rule}: {what} cannot run on {self.target.name}: {why}")
 
+    def kinds(self, rule: Rule, before: Iterable[Rule]) -> list[Rule]:
+        """The rule, limited to the kinds of layers that the target runs on integers.
+
+        A rule of a preset for another kind keeps it in floating point; one that somebody wrote is refused.
+        """
+        aim = self.target
+        if not aim.operators or rule.keep is not None:
+            return [rule]
+        floats = [k for k in ("Embedding", *ATTENTION) if k not in aim.operators] if aim.only_linear else [
+            k for k in ATTENTION if k not in aim.operators]
+        only = f"{aim.name} runs {', '.join(aim.operators)} on integers only"
+        if rule.type in floats or (aim.only_linear and rule.type in (*CONVOLUTIONS, "MatMul", "Add", "Concat")):
+            if not rule.optional:
+                raise self.refuse(rule, rule.type, f"{only}; say keep: float32")
+            self.say(rule, "keep: float32", only)
+            return [replace(rule, weight=None, input=None, output=None, keep="float32")]
+        if rule.type is not None:
+            return [rule]
+        if aim.only_linear:
+            done = {r.type for r in before if r.name in (None, rule.name)}
+            made = [replace(rule, type=k) for k in aim.operators if k not in done]
+            self.say(rule, f"for {' and '.join(str(r.type) for r in made)} alone", only)
+            return [made[0], *(replace(r, optional=True) for r in made[1:])]
+        covered = {r.type for r in before if r.keep is not None and r.name in (None, rule.name)}
+        kept = [replace(rule, type=k, weight=None, input=None, output=None, keep="float32", optional=True)
+                for k in floats if k not in covered and rule.input is not None]
+        if kept:
+            self.say(rule, f"keep: float32 for {', '.join(str(r.type) for r in kept)}", only)
+        return [*kept, rule]
+
     def rule(self, rule: Rule, before: Iterable[Rule]) -> list[Rule]:
         """The rule, and in front of it those for kinds that are treated in another way, unless ``before`` has them."""
         if rule.keep is not None:
@@ -183,7 +228,7 @@ class _Fitting:
         weight, given = rule.weight, rule.input
         if given is not None:
             given = self.activation(rule, given)
-        if weight is not None and rule.type != "Embedding":
+        if weight is not None and (rule.type != "Embedding" or "Embedding" in self.target.operators):
             weight = self.weight(rule, weight, given is None)
         output = None if rule.output is None else self.activation(rule, rule.output)
         fitted = replace(rule, weight=weight, input=given, output=output)
@@ -214,7 +259,7 @@ class _Fitting:
             if kind in self.target.fuses:
                 rule = Rule(type=kind, input=spec, output=spec, optional=True)
                 self.say(rule, f"input and output: {spec.format}",
-                         f"{self.target.name} fuses a {kind} with scales only")
+                         f"{self.target.name} fuses {kind} with scales only")
             elif kind in self.target.quantized_operands:
                 rule = Rule(type=kind, input=spec, optional=True)
                 self.say(rule, f"input: {spec.format}", f"{self.target.name} wants both operands on a grid")
@@ -264,7 +309,8 @@ class _Fitting:
     def activation(self, rule: Rule, spec: TensorSpec) -> TensorSpec:
         aim = self.target
         if not aim.activations:
-            raise self.refuse(rule, f"{spec} activations", "it has floating point activations; drop the input: spec")
+            raise self.refuse(rule, f"{spec} activations", "it has floating point activations; drop the "
+                              "input: spec, or begin with its default_recipe (recipe=target in a run)")
         if spec.format not in aim.activations:
             other = self._format(spec, aim.activations)
             if other is None:
@@ -307,12 +353,13 @@ class _Fitting:
 
 
 def check(target: str | Target, layer: str, kind: str, weight: TensorSpec | None, given: TensorSpec | None,
-          output: TensorSpec | None = None) -> None:
+          output: TensorSpec | None = None, dtype: str | None = None) -> None:
     """Hold one layer of a model against a target.
 
     Args:
         layer: its name, for the message. ``kind``: ``Linear``, ``Conv2d``, ...
         weight, given, output: specs of weight, input and output.
+        dtype: of the layer when it was float, in which the files of some targets hold scales; None: not known.
 
     Raises:
         UnsupportedError: the target cannot run it; the message says what would have to change.
@@ -321,8 +368,10 @@ def check(target: str | Target, layer: str, kind: str, weight: TensorSpec | None
     if aim.operators and kind not in (*aim.operators, "Embedding") and (weight or given):
         raise UnsupportedError(f"{layer}: {aim.name} runs no {kind} on integers, only {', '.join(aim.operators)}; give "
                                "it a rule with keep: float32")
-    if kind == "Embedding":
+    if kind == "Embedding" and kind not in aim.operators:
         return
+    if aim.scale_dtype == "model":
+        aim = replace(aim, scale_dtype=dtype or "float32")
     specs: dict[str, Any] = {"weight": weight, "input": given, "output": output}
     for role, spec in ((k, v) for k, v in specs.items() if v is not None):
         fitting = _Fitting(aim)

@@ -50,3 +50,13 @@ def test_a_gap_is_held_against_its_target(
     [cell] = next(column for column in table.columns if column.header == "target").cells
     assert cell == says
     Console(quiet=True).print(table)
+
+
+def test_an_experiment_takes_the_place_of_the_task_s(accuracy: ModuleType) -> None:
+    plain = accuracy.configuration("lm", "w1a8", 0, 1, [])
+    own = accuracy.configuration("lm", "w1a8", 0, 1, ["experiment=lm_one_bit", "schedule.calibration_batches=2"])
+    assert (plain["distill"]["teacher"], plain["recipe"].get("calibration")) == (None, None)
+    assert own["distill"]["teacher"] == "float"
+    assert [next(iter(one)) for one in own["recipe"]["calibration"]] == ["reconstruction"]
+    assert (own["seed"], own["schedule"]["calibration_batches"]) == (1, 2)
+    assert own["trainer"] == plain["trainer"]

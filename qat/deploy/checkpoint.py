@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qat.compression.adapters import merge_adapters
 from qat.compression.channels import pruned_shapes, take_shapes
 from qat.deploy.convert import drop_folded, share_codes
-from qat.deploy.files import new_folder, write_synced
+from qat.deploy.files import check_file, new_folder, write_synced
 from qat.errors import CheckpointError, PrepareError, QuantizationError
 from qat.modules.base import QuantizedModule
 from qat.modules.precision import NarrowFloat
@@ -248,13 +248,7 @@ def read_tensors(path: Path, about: Mapping[str, Any], said: Mapping[str, Any]) 
         CheckpointError: they are not.
     """
     try:
-        size = path.stat().st_size
-        if size != about["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, the manifest says {about['bytes']}: it is truncated or "
-                                  "was changed")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
-                raise CheckpointError(f"{path} does not have the checksum of the manifest: it was changed or damaged")
+        check_file(path, about)
         with safe_open(path, framework="pt") as tensors:
             names = set(tensors.keys())
             if names != set(said):

@@ -1,7 +1,7 @@
 """compressed-tensors: a folder that ``transformers`` and vLLM load as it is.
 
 The folder holds ``config.json`` with a ``quantization_config``, ``model.safetensors`` (or shards and their index), what
-belongs to tokenizer and generation, and a model card. Codes and scales are those of the deployed model:
+belongs to tokenizer and generation. Codes and scales are those of the deployed model:
 
     pack-quantized   ``weight_packed`` int32 (out, ceil(in * bits / 32)): fields ``level + 2^(bits-1)`` of a row, the
                      first in the lowest bits; ``weight_shape`` int64 (2,): weight-only layers, and weights below 8 bits
@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.deploy.card import model_card
 from qat.deploy.checkpoint import file_names, shards, write_tensors
-from qat.deploy.files import new_folder, write_synced
+from qat.deploy.files import write_synced
 from qat.deploy.weights import exactly, other_tensors, weight_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.modules.base import QuantizedModule
@@ -45,12 +44,15 @@ COPIED = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "add
           "generation_config.json", "*.model")
 """Files of the float model's folder that go along."""
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM computes as one."""
+
 Scheme = dict[str, Any]
 
 
 def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: str | None = None, *,
-          source: str | os.PathLike[str] | None = None, dequantize: bool | Iterable[str] = False) -> None:
-    """Write the folder ``path``.
+          source: str | os.PathLike[str] | None = None, dequantize: bool | Iterable[str] = False) -> list[str]:
+    """Fill the empty folder ``path``; returns what a user must know of it, for the card.
 
     Args:
         deployed: a model of transformers, whose ``config`` is written too.
@@ -64,7 +66,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
 
     Raises:
         UnsupportedError: what cannot be written exactly, with the layer's name and the remedy.
-        CheckpointError: ``path`` is something else already, or cannot be written; ``source`` is no folder.
+        CheckpointError: ``source`` is no folder.
     """
     if target not in (None, *TARGETS):
         raise UnsupportedError(f"unknown target {target!r}{nearest(str(target), TARGETS)}; targets of this format are "
@@ -76,24 +78,11 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     layers, floats, tensors = _layers(deployed, target or "transformers", dequantize)
     settings = _config(deployed, config, layers)
     extra = _copied(deployed, source)
-    with new_folder(path, _is_export) as folder:
-        for name, origin in extra.items():
-            content = origin if isinstance(origin, bytes) else origin.read_bytes()
-            write_synced(folder / name, content)
-        write_synced(folder / "config.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
-        _write_shards(folder, tensors)
-        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-        notes = _notes(deployed, floats, layers)
-        card = model_card(deployed, "compressed-tensors", _loading(layers, target), sizes, notes)
-        write_synced(folder / "README.md", card.encode())
-
-
-def _is_export(folder: Path) -> bool:
-    """Whether a folder is one that this module writes."""
-    try:
-        return "quantization_config" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
+    for name, origin in extra.items():
+        write_synced(path / name, origin if isinstance(origin, bytes) else origin.read_bytes())
+    write_synced(path / "config.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    _write_shards(path, tensors)
+    return _notes(deployed, floats, layers)
 
 
 # -------------------------------------------------------------------------------------------------- layers
@@ -121,9 +110,35 @@ def _layers(deployed: nn.Module, target: str, dequantize: bool | Iterable[str],
         tensors |= {f"{name}.{key}": value for key, value in (own | weight).items()}
     if not schemes:
         raise UnsupportedError("no layer of this model would be integers in the file: save the float model instead")
+    if target == "vllm":
+        _check_fused(deployed, schemes, tensors)
     tensors |= dict(other_tensors(deployed, modules))
     tensors = {name: value.cpu().contiguous() for name, value in sorted(tensors.items())}
     return schemes, [name for name in modules if name not in schemes], tensors
+
+
+def _check_fused(deployed: nn.Module, schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> None:
+    """Layers that vLLM makes one of have one scheme, and quantize the input that they share in one way.
+
+    Raises:
+        UnsupportedError: they have not.
+    """
+    for owner, module in deployed.named_modules():
+        for together in FUSED:
+            names = [f"{owner}.{name}".lstrip(".") for name in together
+                     if isinstance(getattr(module, name, None), nn.Module)]
+            if len(names) < 2:
+                continue
+            for name in names[1:]:
+                if schemes.get(name) != schemes.get(names[0]):
+                    raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and they are "
+                                           "quantized in different ways: one rule for all of them")
+                for key in ("input_scale", "input_zero_point"):
+                    one, other = tensors.get(f"{names[0]}.{key}"), tensors.get(f"{name}.{key}")
+                    if one is not None and other is not None and not torch.equal(one, other):
+                        raise UnsupportedError(f"{name}: vLLM computes {', '.join(names)} as one layer, and the scales "
+                                               "of their input differ: observe it instead of learning them, or use "
+                                               "dynamic: true")
 
 
 def _dtype(modules: Mapping[str, QuantizedModule]) -> torch.dtype:
@@ -215,8 +230,12 @@ def pack_rows(levels: Tensor, bits: int) -> Tensor:
 def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> dict[str, Any]:
     """``config.json``: the model's own, and how it is quantized.
 
-    The commonest scheme of linear layers has the target ``Linear``; layers of all others are named, and names win.
+    The commonest scheme of linear layers has the target ``Linear``; layers of all others are named, and names win. The
+    head is named in any case: to vLLM its type is not ``Linear``.
     """
+    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
+    head = find_head()
+    heads = [name for name in layers if deployed.get_submodule(name) is head]
     groups: dict[str, list[str]] = {}
     for name, scheme in layers.items():
         groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(name)
@@ -226,15 +245,14 @@ def _config(deployed: nn.Module, config: Any, layers: Mapping[str, Scheme]) -> d
     for number, key in enumerate(sorted(groups, key=lambda key: (key == main, groups[key]))):
         scheme = json.loads(key)
         del scheme["kind"]
-        config_groups[f"group_{number}"] = {"targets": ["Linear"] if key == main else groups[key], **scheme}
+        targets = ["Linear", *(n for n in groups[key] if n in heads)] if key == main else groups[key]
+        config_groups[f"group_{number}"] = {"targets": targets, **scheme}
     formats = {group["format"] for group in config_groups.values()}
     ignore = [name for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     settings = dict(config.to_diff_dict())
     settings["architectures"] = settings.get("architectures") or [type(deployed).__name__]
     settings["dtype"] = _called(_dtype(weight_layers(deployed)))
-    find_head: Any = getattr(deployed, "get_output_embeddings", lambda: None)
-    head = find_head()
-    if _copies(deployed, layers) or any(deployed.get_submodule(name) is head for name in layers):
+    if _copies(deployed, layers) or heads:
         settings["tie_word_embeddings"] = False
     settings["quantization_config"] = {
         "quant_method": "compressed-tensors", "quantization_status": "compressed",
@@ -273,18 +291,6 @@ def _copied(deployed: nn.Module, source: str | os.PathLike[str] | None) -> dict[
         raise CheckpointError(f"source={str(folder)!r} is not the folder of the float model")
     return found | {file.name: file for file in sorted(folder.iterdir())
                     if file.is_file() and any(fnmatch.fnmatchcase(file.name, glob) for glob in COPIED)}
-
-
-# -------------------------------------------------------------------------------------------------- card
-
-
-def _loading(layers: Mapping[str, Scheme], target: str | None) -> dict[str, str]:
-    found = {"transformers (with the package compressed-tensors)": (
-        "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("<this folder>")')}
-    if target == "vllm":
-        found["vLLM"] = "vllm serve <this folder>"
-    return found
 
 
 def _notes(deployed: nn.Module, floats: list[str], layers: Mapping[str, Scheme]) -> list[str]:

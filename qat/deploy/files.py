@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qat.errors import CheckpointError
 
@@ -72,6 +74,64 @@ def new_file(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_files(target: Path, voucher: str) -> Iterator[Path]:
+    """A temporary folder whose files go where ``target`` is when the block ends; it vanishes if that fails.
+
+    Args:
+        target: the file that matters; other files are left beside it.
+        voucher: name of the file that says what the others hold. An old one goes first and the new one comes last: if
+            that is interrupted, there is none, rather than one that says the wrong thing.
+
+    Raises:
+        CheckpointError: a folder is there already; it cannot be written.
+    """
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: this format is one file, choose another path")
+    new, temporary = not target.parent.exists(), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+        yield Path(temporary)
+        names = sorted((p.name for p in Path(temporary).iterdir()), key=lambda name: (name == voucher, name))
+        for name in names:
+            with open(Path(temporary) / name, "rb") as file:
+                os.fsync(file.fileno())
+        (target.parent / voucher).unlink(missing_ok=True)
+        _sync_directory(target.parent)
+        for name in names:
+            os.replace(Path(temporary) / name, target.parent / name)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if new and target.parent.is_dir() and not any(target.parent.iterdir()):
+            target.parent.rmdir()
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: ``bytes`` and ``sha256``."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_file(path: Path, about: Mapping[str, Any]) -> None:
+    """Hold a file against what a manifest says of it; its length first.
+
+    Raises:
+        CheckpointError: it is truncated or altered.
+        OSError: it is not there.
+    """
+    size = path.stat().st_size
+    if size != about["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes, the manifest says {about['bytes']}: it is truncated or was "
+                              "changed")
+    if measured(path)["sha256"] != about["sha256"]:
+        raise CheckpointError(f"{path} does not have the checksum of the manifest: it was changed or damaged")
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.deploy.files import new_file
 from qat.deploy.weights import exactly, other_tensors, weight_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.modules.base import QuantizedModule
 from qat.recipe import Recipe
 
-TARGETS = ("llama.cpp",)
+TARGETS = ("llama_cpp", "llama.cpp")
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """``model_type`` of a config -> architecture of the file."""
 INTERLEAVED = ("llama",)
 """Architectures whose rotary embedding turns neighbouring channels."""
+LAYERS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+"""What a block multiplies by."""
 TERNARY = ("TQ2_0", "TQ1_0", "Q4_0")
 FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0", "TQ1_0": "MOSTLY_TQ1_0", "TQ2_0": "MOSTLY_TQ2_0"}
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLITS = {"{1,3}".join(_WORDS): "llama-bpe", "".join(_WORDS): "qwen2"}
 """How a tokenizer splits text into words -> what llama.cpp calls that."""
+
+
+Stored = tuple[np.ndarray, gguf.GGMLQuantizationType]
 
 
 def recipe(weight: str = "int4", edges: str = "int8") -> Recipe:
@@ -71,13 +75,13 @@ def recipe(weight: str = "int4", edges: str = "int8") -> Recipe:
 
 def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: str | None = None, *,
           source: str | os.PathLike[str] | None = None, ternary: str = "TQ2_0", pre: str | None = None,
-          dequantize: bool | Iterable[str] = False) -> None:
-    """Write the file ``path``.
+          dequantize: bool | Iterable[str] = False) -> list[str]:
+    """Write the new file ``path``; returns what a user must know of it, for the card.
 
     Args:
         deployed: a causal language model of transformers, of a type in :data:`ARCHITECTURES`.
         example_inputs: not needed.
-        target: ``llama.cpp`` or None, which is the same.
+        target: ``llama_cpp``, ``llama.cpp`` or None, which are the same.
         source: folder of the float model, whose tokenizer goes into the file; without it the file has none.
         ternary: type of ternary layers, ``TQ2_0``, ``TQ1_0`` or ``Q4_0``; Q4_0 where 256 does not divide their inputs.
         pre: how the tokenizer splits text into words, in llama.cpp's terms, where that cannot be told from its file.
@@ -86,7 +90,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
 
     Raises:
         UnsupportedError: what cannot be written exactly, with the layer's name and the remedy.
-        CheckpointError: ``path`` is a folder, or cannot be written; ``source`` has no tokenizer.
+        CheckpointError: ``source`` has no tokenizer.
     """
     if target not in (None, *TARGETS):
         raise UnsupportedError(f"unknown target {target!r}{nearest(str(target), TARGETS)}; the target of this format "
@@ -106,25 +110,30 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     if frequencies is not None:
         tensors["rope_freqs.weight"] = (frequencies, gguf.GGMLQuantizationType.F32)
     tokenizer = None if source is None else _read_tokenizer(Path(source), config.vocab_size, pre)
-    with new_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, architecture)
-        _describe(writer, config, Counter(kind.name for data, kind in tensors.values() if data.ndim == 2))
-        if tokenizer is None:
-            writer.add_tokenizer_model("none")
-        else:
-            tokenizer(writer)
-        for name, (data, type_) in tensors.items():
-            writer.add_tensor(name, data, raw_dtype=type_)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    writer = gguf.GGUFWriter(path, architecture)
+    _describe(writer, config, Counter(kind.name for data, kind in tensors.values() if data.ndim == 2))
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        tokenizer(writer)
+    for name, (data, type_) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return _notes(tensors, tokenizer is not None)
+
+
+def _notes(tensors: Mapping[str, Stored], tokenizer: bool) -> list[str]:
+    count = Counter(kind.name for data, kind in tensors.values() if data.ndim == 2)
+    types = ", ".join(f"{number} {name}" for name, number in sorted(count.items()))
+    notes = [f"Matrices by type: {types}. The weights of blocks are those of the deployed model, bit for bit; "
+             "llama.cpp quantizes activations itself, so its outputs are close, not equal."]
+    return notes if tokenizer else [*notes, "There is no tokenizer in the file (source= names the folder of one)."]
 
 
 # -------------------------------------------------------------------------------------------------- tensors
-
-Stored = tuple[np.ndarray, gguf.GGMLQuantizationType]
-
 
 def _tensors(deployed: nn.Module, architecture: str, ternary: str,
              dequantize: bool | Iterable[str]) -> dict[str, Stored]:
@@ -158,6 +167,14 @@ def _tensors(deployed: nn.Module, architecture: str, ternary: str,
     for name, value in other_tensors(deployed, modules):
         add(name, _floats(value[_order(name.rpartition(".")[0], len(value), config, architecture)]))
     return found
+
+
+def layer_names(architecture: str, blocks: int) -> dict[str, str]:
+    """Names of weights in a file -> names of layers in transformers."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], blocks)
+    layers = ["model.embed_tokens", "lm_head",
+              *(f"model.layers.{block}.{layer}" for block in range(blocks) for layer in LAYERS)]
+    return {f"{home}.weight": layer for layer in layers if (home := names.get_name(layer)) is not None}
 
 
 def _order(name: str, rows: int, config: Any, architecture: str) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qat.deploy.files import new_file
 from qat.errors import UnsupportedError, nearest
 from qat.kernels import table
 from qat.kernels.backends import FLOAT
@@ -34,8 +34,8 @@ BATCH = "batch"
 
 
 def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: str | None = None, *,
-          dynamic_shapes: Any = BATCH) -> None:
-    """Write the file ``path``.
+          dynamic_shapes: Any = BATCH) -> list[str]:
+    """Write the new file ``path``; returns what a user must know of it, for the card.
 
     Args:
         deployed: any deployed model that torch.export can follow.
@@ -47,17 +47,19 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     Raises:
         UnsupportedError: no example inputs; torch.export cannot follow the model, or not with these dynamic shapes; a
             float copy of a quantized weight would be in the file.
-        CheckpointError: ``path`` is a folder, or cannot be written.
     """
     if target not in (None, *TARGETS):
         raise UnsupportedError(f"unknown target {target!r}{nearest(str(target), TARGETS)}; the target of this format "
                                f"is {TARGETS[0]}")
     program = program_of(deployed, example_inputs, dynamic_shapes)
-    with new_file(path) as temporary:
-        made = temporary.parent / "draft" / "model.pt2"     # entries begin with the name
-        made.parent.mkdir()
+    with tempfile.TemporaryDirectory(prefix=".draft.", dir=path.parent) as draft:
+        made = Path(draft) / "model.pt2"        # entries begin with the name
         torch.export.save(program, made)
-        _without_number(made, temporary)
+        _without_number(made, path)
+    shapes = "The first dimension of the inputs may vary" if dynamic_shapes == BATCH else (
+        "The inputs have the shapes of the example" if dynamic_shapes is None else "Some dimensions of the inputs vary")
+    return [f"{shapes}. Integers travel in floating point wide enough to hold every sum: the outputs of layers with "
+            "integer inputs are those of the deployed model, bit for bit, and there is no integer kernel."]
 
 
 def program_of(deployed: nn.Module, example_inputs: Any, dynamic_shapes: Any = BATCH) -> torch.export.ExportedProgram:
@@ -80,6 +82,7 @@ def program_of(deployed: nn.Module, example_inputs: Any, dynamic_shapes: Any = B
         raise UnsupportedError(f"torch.export cannot follow {type(deployed).__name__}: {type(error).__name__}: {reason}"
                                f"{remedy}") from error
     _without_origins(program)
+    program.example_inputs = None           # data of whoever exported
     _check(program, deployed)
     return program
 
@@ -129,4 +132,3 @@ def _without_number(made: Path, target: Path) -> None:
     with zipfile.ZipFile(target, "w") as archive:
         for name, content in entries.items():
             archive.writestr(zipfile.ZipInfo(name), content)
-    made.unlink()

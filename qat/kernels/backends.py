@@ -424,18 +424,20 @@ class FewCalls:
         spec: of the codes: affine.
         w: the weight.
         multiplier_w: what one level of the weight is worth, (out,) or ().
-        bias: (out,) or None.
+        bias: (out,) or None. ``steps``: (out,) float32 of whole numbers that are added to the accumulators, or None.
         scale, zero_point: of the codes; no scale: that of the row itself (symmetric; one row only).
     """
 
     def __init__(self, spec: TensorSpec, w: Weight, multiplier_w: Tensor, bias: Tensor | None,
-                 scale: Tensor | None, zero_point: int = 0) -> None:
+                 scale: Tensor | None, zero_point: int = 0, steps: Tensor | None = None) -> None:
         fmt = spec.fmt
         shift = 128 if fmt.signed else 0
         self.spec, self.scale, self.offset = spec, scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift
         self.columns = w.levels.t()
         self.taken_off = w.row_sums() * (zero_point + shift) if zero_point + shift else None
+        if steps is not None:
+            self.taken_off = (0 if self.taken_off is None else self.taken_off) - steps.to(torch.int32)
         self.multiplier = multiplier_w if scale is None else scale * multiplier_w
         self.bias = bias
 

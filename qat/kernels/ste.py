@@ -292,7 +292,7 @@ class Product:
         gain: None, or (out,): the folded batch norm's gamma / sigma.
         geometry: None for a linear layer.
         backward_dtype: the type in which the matrix products of the backward run.
-        whole_bias: round the bias to whole steps of the accumulator, as int32; the gradient goes straight through.
+        whole_bias: add the bias to the accumulator, as whole steps; the gradient goes straight through the rounding.
         whole: what :meth:`split` returned for this bias, where it does not change.
         requantizes: keep the accumulators in ``kept``, for :func:`requantized`.
     """
@@ -349,22 +349,16 @@ class Product:
         return Sums(values, self._along_out(step) if step.dim() else step,
                     None if outside is None else self._along_out(outside))
 
-    def added(self, bias: Tensor | None) -> Tensor | None:
-        """The bias (out,), float32, that is added: whole steps of the accumulator, where that is asked for."""
-        if bias is None or not self.whole_bias or self.x.scale.dim() or self.w.spec.granularity == "per_group":
-            return bias
-        steps, outside = self.split(bias)
-        whole = steps * self.step()
-        return whole if outside is None else whole.add_(outside)
-
     def forward(self, bias: Tensor | None) -> Tensor:
-        """``float32(acc) * multiplier + bias`` in float32; the shape of the layer's output."""
-        if self.requantizes:
-            self.kept = self.sums(bias)
-            return self.kept.result()
-        bias = self.added(bias)
-        kernel = self.kernel or Weight.of(self.w)
+        """``float32(acc) * multiplier + bias`` in float32, or ``float32(acc + steps) * multiplier`` where the bias is
+        whole steps; the shape of the layer's output."""
         scale_x, multiplier_w = self.scale_x(), self.multiplier_w()
+        if self.whole_bias and not scale_x.dim() and self.w.spec.granularity != "per_group":
+            sums = self.sums(bias)
+            if self.requantizes:
+                self.kept = sums
+            return sums.result()
+        kernel = self.kernel or Weight.of(self.w)
         if self.w.spec.granularity == "per_group":
             return self._grouped(kernel, scale_x, multiplier_w, bias)
         if scale_x.dim() == 0:

@@ -76,11 +76,13 @@ class LinearProduct(QuantizedModule):
         row = torch.zeros(1, self.in_features, dtype=fmt.dtype, device=weight.device)
         call = ste.Product(QuantizedTensor(row, torch.ones(()) if scale is None else scale, zero_point, spec), weight,
                            whole_bias=self.plan.requantize and scale is not None)
-        multiplier, bias = call.multiplier_w(), call.added(None if self.bias is None else self.bias.detach().float())
+        multiplier, bias, steps = call.multiplier_w(), self.bias, None
+        if bias is not None and call.whole_bias:
+            steps, bias = call.split(bias.detach().float())
         number = int(zero_point or 0) if not isinstance(zero_point, Tensor) else 0      # a layer has one
         run = weight.spec.group_size
         if run is None and FewCalls.serves(row, spec, zero_point, kernel):
-            self._one_row = FewCalls(spec, kernel, multiplier, bias, scale, number)
+            self._one_row = FewCalls(spec, kernel, multiplier, bias, scale, number, steps)
         elif run is not None and FewNarrowCalls.serves(row, spec, zero_point, kernel, run):
             self._one_row = FewNarrowCalls(spec, kernel, multiplier, bias, scale, number, run)
 

@@ -197,8 +197,10 @@ class Stepped:
             return False
         assert not isinstance(zero_point, Tensor)
         call = ste.Product(codes, operand.codes, whole_bias=part.plan.requantize)
-        bias = call.added(None if operand.bias is None else operand.bias.detach().float())
-        return FewCalls(grid.spec, operand.kernel, call.multiplier_w(), bias, call.scale_x(), zero_point or 0)
+        bias, steps = None if operand.bias is None else operand.bias.detach().float(), None
+        if bias is not None and call.whole_bias:
+            steps, bias = call.split(bias)
+        return FewCalls(grid.spec, operand.kernel, call.multiplier_w(), bias, call.scale_x(), zero_point or 0, steps)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 import qat
 from qat.compression.distillation import Distillation
 from qat.deploy.checkpoint import MANIFEST
+from qat.deploy.export import load_format
 from qat.deploy.shapes import NAMED_BY_USER
 from qat.errors import ConfigError, nearest
 from qat.pipeline.evaluation import MODELS
 from qat.training.averaging import check_decay
-from qat.training.build import allow_targets, check, check_arguments, plain
+from qat.training.build import allow_targets, build, check, check_arguments, plain
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.ladder import phases
 from qat.training.oscillation import Oscillations
@@ -26,6 +28,7 @@ from qat.training.oscillation import Oscillations
 STORED = (
     "mode", "seed", "fold", "model", "pretrained", "data", "recipe", "schedule", "prune", "distill", "loss", "metrics",
     "optimizer", "scheduler", "trainer", "checkpoint", "early_stopping", "logger", "weight_average", "compile",
+    "target", "export",
 )  # fmt: skip
 # ... what becomes part of the recipe ...
 FOLDED = ("calibration",)
@@ -39,6 +42,8 @@ OF_THE_CALL = ("resume", "resume_sweep", "debug", "allow_targets", "run", "deplo
 MODES = ("qat", "ptq")
 OF_THE_TEACHER = ("teacher", "teacher_model", "cache", "control")
 """Keys of ``distill`` that say who teaches whom; the others are those of `qat.Distillation`."""
+BEST = "target"
+"""``recipe=target``: the preset that the target names, fitted to it."""
 OWN = "float"
 """``distill.teacher=float``: the run's own float model."""
 
@@ -69,8 +74,8 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         values["pretrained"] = str(Path(pretrained).resolve())
     check_keys(
         values["schedule"],
-        ("epochs", "learning_rate", "weight_decay", "scale_learning_rate", "calibration_batches", "phases", "ladder",
-         "oscillation"),
+        ("epochs", "learning_rate", "control_learning_rate", "weight_decay", "scale_learning_rate",
+         "offset_learning_rate", "calibration_batches", "phases", "ladder", "oscillation"),
         "schedule.",
     )  # fmt: skip
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
@@ -116,9 +121,12 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         check(values["scheduler"], "scheduler", "optimizer")
     for name, metric in values["metrics"].items():
         check(metric, f"metrics.{name}")
+    target = (values["target"] or {}).get("name")
+    check_keys(values["target"] or {}, ("name",), "target.")
+    recipe, changes = fitted_recipe(values["recipe"], target, values.get("calibration"), values["model"])
     written_out = {
-        "recipe": read_recipe(values["recipe"], values.get("calibration")).to_dict(), "prune": pruning.to_dict(),
-        "distill": distill_config(values["distill"]),
+        "recipe": recipe.to_dict(), "prune": pruning.to_dict(), "distill": distill_config(values["distill"]),
+        "target": {"name": target, "changes": changes}, "export": export_formats(values["export"]),
     }  # fmt: skip
     return {key: values[key] for key in STORED} | written_out
 
@@ -131,6 +139,53 @@ def read_recipe(section: Mapping[str, Any] | None, calibration: Any = None) -> q
     """
     recipe = _named_recipe(section)
     return recipe if calibration is None else dataclasses.replace(recipe, calibration=calibration)
+
+
+def fitted_recipe(section: Mapping[str, Any] | None, target: str | None, calibration: Any,
+                  model: Mapping[str, Any]) -> tuple[qat.Recipe, list[str]]:
+    """The recipe of a run, as its target can run it, and what was changed and why.
+
+    Args:
+        target: a name of :mod:`qat.targets`; None: the recipe is as it is written.
+        model: the config of the network; files of some targets hold scales in its floating point type.
+
+    Raises:
+        ConfigError: ``recipe=target`` without a target.
+        UnsupportedError: an unknown target, the nearest is named; a scheme that has no counterpart there.
+    """
+    section = dict(section or {})
+    if section.get("preset") == BEST and section.get("path") is None:
+        if target is None:
+            raise ConfigError("recipe=target is what a target runs best: say which, such as target=onnxruntime.")
+        section["preset"] = qat.targets.get(target).recipe
+    recipe = read_recipe(section, calibration)
+    if target is None:
+        return recipe, []
+    return qat.targets.adjust(recipe, target, _dtype(model) if qat.targets.get(target).scale_dtype == "model"
+                              else "float32")
+
+
+def _dtype(model: Mapping[str, Any]) -> str:
+    """The commonest floating point type of a network's parameters."""
+    with qat.without_weights():
+        network = build(model, "model")
+    kinds = Counter(str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.is_floating_point())
+    return kinds.most_common(1)[0][0] if kinds else "float32"
+
+
+def export_formats(wanted: Any) -> list[str]:
+    """``export:`` as a list; formats whose extra is missing are an error now, not after the training.
+
+    Raises:
+        ConfigError: it is neither null, nor a name, nor a list of names, each once.
+        UnsupportedError: an unknown format, the nearest is named; its extra is missing.
+    """
+    formats = [] if wanted is None else [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(formats, list) or len({str(name) for name in formats}) < len(formats):
+        raise ConfigError(f"export is a list of formats, each once, such as [onnx,gguf], not {wanted!r}.")
+    for name in formats:
+        load_format(name)
+    return formats
 
 
 def _named_recipe(section: Mapping[str, Any] | None) -> qat.Recipe:

@@ -9,8 +9,12 @@ The run folder::
     stages/<name>.json   a stage is finished when this file is there
     <stage>/             weights.safetensors; checkpoints/last.ckpt while it trains; csv/, tensorboard/
     deployed/            model.safetensors, manifest.json
+    exported/<format>/   what ``export`` names, each with its manifest and model card
     teacher.json         digest of a teacher from elsewhere; teacher/: what the teacher computes (distill.cache)
     results.csv  report.html
+
+With ``target`` the recipe was fitted before (``config.yaml`` has the fitted one, and what was changed), and the network
+is held against the target before anything is trained.
 
 Running again in the same folder skips the finished stages and continues the present one from its last checkpoint, to
 the same bits as a run that was never interrupted.
@@ -23,11 +27,13 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import itertools
 import json
+import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +44,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from torch import nn
 
@@ -45,8 +52,9 @@ import qat
 from qat.compression.channels import pruned_shapes
 from qat.compression.pruning import Pruning, attach
 from qat.deploy.checkpoint import read_manifest
+from qat.deploy.export import FORMATS, check_target, export, load_format, own_target
 from qat.deploy.streaming import missing, stream, visiting, without_weights
-from qat.errors import ConfigError
+from qat.errors import ConfigError, OverflowBoundError, QuantizationError, UnsupportedError
 from qat.pipeline.evaluation import (
     channel_shapes,
     first_example,
@@ -71,6 +79,25 @@ from qat.training.ladder import phases
 from qat.training.module import QuantizedTraining, call_network, shapes
 from qat.training.pretrained import rename_weights
 from qat.training.pruning import PruningSchedule
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters of torch and ONNX log of their own progress, and warn of one another."""
+    levels = {name: logging.getLogger(name).level for name in ("onnxscript", "onnx_ir", "torch.onnx", "gguf")}
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class NotExported(QuantizationError):
+    """Some of the formats that a run is exported to cannot hold its model."""
 
 
 def process_strategy(options: Mapping[str, Any]) -> str:
@@ -118,6 +145,8 @@ class Run:
         self.stages = (("float", "control", "ptq", "qat", "deploy", "table") if training else
                        ("quantize", "table") if self.pretrained else ("float", "ptq", "deploy", "table"))
         """What runs, in this order."""
+        if config["export"]:
+            self.stages = (*self.stages, "export")
         self.models = (("float", "control", "ptq", "qat", "deployed") if training else
                        ("float", "deployed") if self.pretrained else ("float", "ptq", "deployed"))
         """What the table compares."""
@@ -125,6 +154,7 @@ class Run:
         self.recipe = qat.Recipe.from_dict(config["recipe"])
         self.schedule, self.distill = dict(config["schedule"]), dict(config["distill"])
         self.pruning = Pruning.from_dict(config["prune"])
+        self.target: str | None = config["target"]["name"]
         self.data: ResumableData = build(config["data"], "data")
         if not isinstance(self.data, L.LightningDataModule) or not hasattr(self.data, "calibration_dataloader"):
             raise ConfigError("data must build a LightningDataModule with a calibration_dataloader() method.")
@@ -175,6 +205,8 @@ class Run:
             prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
             if self.pruning.masks:
                 attach(prepared, self.pruning)
+            if self.target is not None:
+                check_target(prepared, self.target)
         teacher = None
         if self.distill["teacher"] is not None and not (self.folder / "stages" / "qat.json").exists():
             student = self._cut(build(self.config["model"], "model"))[0]
@@ -185,6 +217,8 @@ class Run:
         text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
         if not path.exists():
             write_text(path, text)
+            for change in self.config["target"]["changes"]:
+                self.console.print(f"[dim]target {self.target}[/] {escape(change)}", highlight=False, soft_wrap=True)
         elif path.read_text(encoding="utf-8") != text:
             raise ConfigError(
                 f"{self.folder} holds a run with another configuration. Continue it with resume={self.folder}."
@@ -198,7 +232,11 @@ class Run:
                 self.console.print(f"{head} finished before", highlight=False)
                 continue
             start = time.perf_counter()
-            said = getattr(self, f"_{name}")()
+            try:
+                said = getattr(self, f"_{name}")()
+            except NotExported as error:        # the run is complete all the same; continuing it tries again
+                self.console.print(f"{head} {escape(str(error))}", highlight=False, soft_wrap=True)
+                continue
             seconds = time.perf_counter() - start
             write_text(done, json.dumps({**said, "seconds": round(seconds, 1)}, indent=1))
             words = "  ".join(f"{key} {value}" for key, value in said.items())
@@ -249,12 +287,17 @@ class Run:
         return self._fit("float", module, self.float_budget)
 
     def _control(self) -> dict[str, Any]:
-        """More float training with the very budget of the quantized training: length, learning rate, batches.
+        """More float training with the very budget of the quantized training: length, batches, and learning rate.
+
+        ``schedule.control_learning_rate`` is for quantized networks that need another rate than float ones: the control
+        then has the one that is best for it, instead of looking worse than it is.
 
         A teacher from elsewhere teaches the control too (and the float model before it). A run's own float model does
         if ``distill.control`` says so: its probabilities are less noisy than labels, so float gains by them as well.
         """
-        module = self._module(None, self.schedule["learning_rate"], learns=self.distill.get("control", False))
+        rate = self.schedule.get("control_learning_rate")
+        rate = self.schedule["learning_rate"] if rate is None else rate
+        module = self._module(None, rate, learns=self.distill.get("control", False))
         module.configure_model()
         cast(nn.Module, module.network).load_state_dict(self._load("float").state_dict())
         return self._fit("control", module, self.extra_budget)
@@ -307,6 +350,45 @@ class Run:
         )  # fmt: skip
         write_text(self.folder / "report.html", page)
         return {}
+
+    def _export(self) -> dict[str, Any]:
+        """The deployed model in other formats; what one of them cannot hold does not keep the others from it.
+
+        Raises:
+            NotExported: some of them have failed, and why.
+        """
+        deployed = self._load("deployed")
+        self.data.setup()
+        example, _ = next(iter(self.data.calibration_dataloader()))
+        found: dict[str, Any] = {}
+        failed: list[str] = []
+        for name in self.config["export"]:
+            suffix, folder = FORMATS[name].suffix, self.folder / "exported" / name
+            try:
+                with _quiet():
+                    made = export(deployed, folder if suffix is None else folder / f"model{suffix}", name, example,
+                                  own_target(name, self.target), metrics=self._measured(), **self._source(name))
+                found[name] = f"{sum(made.files.values()):,} bytes"
+            except (UnsupportedError, OverflowBoundError) as error:
+                failed.append(f"{name}: {error}")
+        if failed:
+            words = ", ".join(f"{name} {size}" for name, size in found.items()) or "nothing"
+            raise NotExported("\n    ".join([f"wrote {words}", *(f"not {reason}" for reason in failed)]))
+        return found
+
+    def _source(self, format: str) -> dict[str, Any]:
+        """The option that has the tokenizer of a pretrained model go along, where a format takes it."""
+        takes = "source" in inspect.signature(load_format(format).write).parameters
+        return {"source": self.pretrained} if takes and self.pretrained else {}
+
+    def _measured(self) -> dict[str, Any]:
+        """What a model card says of this run's table; times are left out, since they differ each time."""
+        results = self._results
+        rows: dict[str, Any] = {f"{results.title()}, {row.model}": row.score for row in results.rows}
+        deployed = next(row for row in results.rows if row.model == "deployed")
+        if deployed.agreement_float is not None:
+            rows["predictions equal to those of the float model"] = f"{deployed.agreement_float:.2%}"
+        return {**rows, "test examples": results.examples}
 
     @functools.cached_property
     def _results(self) -> Results:
@@ -401,6 +483,7 @@ class Run:
             prune=None if recipe is None else config["prune"],
             pruned_shapes=None if recipe is None else channel_shapes(self.folder),
             scale_lr_factor=self.schedule["scale_learning_rate"],
+            offset_lr_factor=1.0 if recipe is None else self.schedule.get("offset_learning_rate", 1.0),
             seed=config["seed"],
             compile=config["compile"],
         )

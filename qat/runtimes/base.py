@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qat.deploy import export
+from qat.deploy.export import export
 from qat.errors import UnsupportedError
 
 INTEGERS = frozenset({"u1", "u2", "u3", "u4", "u5", "u6", "u8", "u16", "s2", "s4", "s8", "s16", "s32"})

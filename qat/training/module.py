@@ -70,6 +70,8 @@ class QuantizedTraining(L.LightningModule):
         pruned_shapes: what :func:`~qat.compression.channels.pruned_shapes` said of a network without all its channels,
             when ``network`` is the config of the whole one.
         scale_lr_factor: learned quantizer scales train at this multiple of the learning rate.
+        offset_lr_factor: and biases and the parameters of norms at this one. They stay in floating point, so they can
+            make up for what narrow weights have lost, sooner the faster they learn.
         target_key: key of the target where batches are dicts; the other entries are the network's keyword arguments.
         compile: options of ``torch.compile`` for the network, or None: not compiled. While ranges are observed the
             network runs uncompiled. What it compiles to is no part of the network: copies, checkpoints and ``convert``
@@ -95,6 +97,7 @@ class QuantizedTraining(L.LightningModule):
         prune: Mapping[str, Any] | None = None,
         pruned_shapes: Mapping[str, Any] | None = None,
         scale_lr_factor: float = 0.1,
+        offset_lr_factor: float = 1.0,
         target_key: str = "labels",
         seed: int = 0,
         compile: Mapping[str, Any] | None = None,
@@ -110,7 +113,8 @@ class QuantizedTraining(L.LightningModule):
             "recipe": recipe, "example_inputs": shapes(example_inputs),
             "loss": loss, "optimizer": optimizer, "scheduler": scheduler, "metrics": metrics or {},
             "prune": prune, "pruned_shapes": pruned_shapes or {}, "scale_lr_factor": scale_lr_factor,
-            "target_key": target_key, "seed": seed, "compile": compile, "distill": distill,
+            "offset_lr_factor": offset_lr_factor, "target_key": target_key, "seed": seed, "compile": compile,
+            "distill": distill,
         }  # fmt: skip
         if not isinstance(network, nn.Module):
             options["network"] = network
@@ -244,9 +248,9 @@ class QuantizedTraining(L.LightningModule):
         if self.distiller is not None:
             learners = nn.ModuleList([learners, self.distiller])
         optimizer = build(self.hparams["optimizer"], "optimizer", params=parameter_groups(learners))
+        factors = {"scales": self.hparams["scale_lr_factor"], "offsets": self.hparams["offset_lr_factor"]}
         for group in optimizer.param_groups:
-            if group["role"] == "scales":
-                group["lr"] *= self.hparams["scale_lr_factor"]
+            group["lr"] *= factors.get(group["role"], 1.0)
         if self.hparams["scheduler"] is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -145,7 +145,8 @@ def test_same_bytes_twice_with_the_tokenizer(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf", "b.gguf"):
         export(deployed, tmp_path / name, "gguf", source=source)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "float"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "a.gguf", "a.gguf.json", "b.gguf", "b.gguf.json",
+                                                          "b.gguf.md", "float"]
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
     vocabulary = transformers.AutoTokenizer.from_pretrained(source).get_vocab()
     tokens = fields["tokenizer.ggml.tokens"]
@@ -207,8 +208,8 @@ def test_dequantizing_and_wrong_words(tmp_path: Path) -> None:
     assert torch.equal(values(read(tmp_path / "m.gguf")["token_embd.weight"]), deployed.model.embed_tokens.weight)
     with pytest.raises(UnsupportedError, match="did you mean 'TQ2_0'"):
         export(deployed, tmp_path / "m.gguf", "gguf", ternary="TQ2")
-    with pytest.raises(UnsupportedError, match=r"llama\.cpp"):
+    with pytest.raises(UnsupportedError, match="did you mean 'llama_cpp'"):
         export(deployed, tmp_path / "m.gguf", "gguf", target="ollama")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         export(deployed, tmp_path / "n.gguf", "gguf", dequantize=True, source=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "m.gguf", "m.gguf.json"]

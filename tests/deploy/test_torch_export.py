@@ -69,7 +69,7 @@ def test_same_bytes_twice_without_paths(tmp_path: Path) -> None:
     content = (tmp_path / "a.pt2").read_bytes()
     assert content == (tmp_path / "b.pt2").read_bytes()
     assert str(Path(qat.__file__).parent).encode() not in content
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt2", "b.pt2"]
+    assert torch.export.load(tmp_path / "a.pt2").example_inputs is None, "data of whoever exported"
 
 
 class Choosing(nn.Module):

@@ -109,6 +109,11 @@ def test_trained_deployed_and_onnxruntime_are_equal(name: str, tmp_path: Path) -
     again = qat.load(tmp_path / "saved", copy.deepcopy(CASES[name][0]))
     with torch.no_grad():
         assert torch.equal(again(x), expected)
+    if name == "adjusted":
+        qat.export(deployed, tmp_path / "m.pt2", format="torch-export", example_inputs=x)
+        program = torch.export.load(tmp_path / "m.pt2").module()
+        with torch.no_grad():
+            assert torch.equal(program(x), expected)
     for form in (None, "integer"):
         session, operators = onnxruntime(deployed, tmp_path / "m.onnx", x[:2], form)
         np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], expected.numpy())

@@ -37,6 +37,8 @@ def language_model(tmp_path_factory):
 def test_every_choice_composes_and_builds(choice, request):
     extra = ["data.dataset=nowhere", "data.num_classes=7"] if choice == "data=images" else []
     extra += ["data=cifar10"] if choice == "model=cnn" else []
+    extra += ["target=onnxruntime"] if choice == "recipe=target" else []
+    extra += ["recipe=target"] if choice == "target=llama_cpp" else []
     extra += ["distill.teacher=float"] if choice == "experiment=digits_student" else []
     if choice in ("data=tokens", "model=causal_lm") or choice.endswith("_causal_lm"):
         extra += [f"model.path={request.getfixturevalue('language_model')}"]
@@ -62,12 +64,20 @@ def test_the_language_model_is_taught_as_was_measured():
     assert {key for key in config if config[key] != alone[key]} == {"distill"}
 
 
+def test_binary_weights_of_the_language_model_learn_faster_than_those_of_its_control():
+    config, plain = (run_config(composed(f"experiment={name}", "recipe=w1a8")) for name in ("lm_one_bit", "lm_taught"))
+    assert {key for key in config if config[key] != plain[key]} == {"recipe", "schedule"}
+    assert config["schedule"]["control_learning_rate"] == plain["schedule"]["learning_rate"] == 0.3
+    assert config["schedule"]["learning_rate"] > 0.3
+    assert config["schedule"]["epochs"] == plain["schedule"]["epochs"]
+
+
 def test_every_preset_has_a_recipe_config():
     presets = set()
     for path in (CONF / "recipe").glob("*.yaml"):
         content = yaml.safe_load(path.read_text())
         presets.add(content.get("recipe", content)["preset"])
-    assert presets == set(qat.recipe.PRESETS)
+    assert presets == {*qat.recipe.PRESETS, "target"}
 
 
 def test_the_keys_of_the_files_are_the_known_keys():

@@ -132,8 +132,9 @@ def test_weight_average_and_compile_are_options_of_a_run(tmp_path):
 
 
 def test_a_run_on_the_ladder(tmp_path):
-    """It goes down to the recipe's own bits, deploys them, and trains with the weight decay of its schedule."""
-    run = make(tmp_path, "model=mlp", "recipe=w2a2", "schedule=ladder", "schedule.oscillation.dampening=0.01")
+    """It goes down to the recipe's own bits, deploys them, and trains with weight decay and rates of its schedule."""
+    run = make(tmp_path, "model=mlp", "recipe=w2a2", "schedule=ladder", "schedule.oscillation.dampening=0.01",
+               "schedule.offset_learning_rate=3.0", "schedule.control_learning_rate=0.3")
     assert run.execute().bit_equal
     control, quantized = (
         torch.load(tmp_path / stage / "checkpoints" / "last.ckpt", weights_only=True) for stage in ("control", "qat")
@@ -142,5 +143,9 @@ def test_a_run_on_the_ladder(tmp_path):
     assert "Oscillations" in quantized["callbacks"]
     decays = [c["hyper_parameters"]["optimizer"]["weight_decay"] for c in (control, quantized)]
     assert decays == [0.01, 0.0025]
+    for stage, factor in ((control, 1.0), (quantized, 3.0)):
+        rates = {g["role"]: g["initial_lr"] for g in stage["optimizer_states"][0]["param_groups"]}
+        assert rates["offsets"] == pytest.approx(factor * rates["weights"])
+        assert rates["weights"] == pytest.approx(6e-3 * (0.3 if stage is control else 0.5))
     plan = json.loads((tmp_path / "deployed" / "manifest.json").read_text())["plan"]["layers"]
     assert {layer["weight"]["format"] for layer in plan.values()} == {"int8", "int2_midrise"}

@@ -213,13 +213,14 @@ def test_parameter_groups():
     assert all(p is not frozen for group in groups.values() for p in group["params"])
 
 
-def test_scales_learn_at_their_own_rate(tmp_path):
-    trained = module(scale_lr_factor=0.01)
+def test_scales_and_offsets_learn_at_their_own_rates(tmp_path):
+    trained = module(scale_lr_factor=0.01, offset_lr_factor=3.0)
     trained.network.log_scale = nn.Parameter(torch.ones(3))
     run = trainer(tmp_path, epochs=1)
     run.fit(trained, loader(), loader(seed=1))
     rates = {group["role"]: group["initial_lr"] for group in run.optimizers[0].param_groups}
     assert rates["scales"] == pytest.approx(rates["weights"] * 0.01)
+    assert rates["offsets"] == pytest.approx(rates["weights"] * 3.0)
 
 
 def test_warmup_cosine_keeps_the_ratio_of_the_groups():
