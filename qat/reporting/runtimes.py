@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -18,10 +16,9 @@ def render_runtimes(table: RuntimeTable) -> Table:
     for text, bad in table.findings():
         caption.append(f"\n{text}", style="bold red" if bad else "")
     shown = Table(title="One model, many runtimes", caption=caption, caption_justify="left", box=SIMPLE_HEAD,
-                  pad_edge=False, collapse_padding=True)
+                  pad_edge=False, padding=(0, 0))
     for i, header in enumerate(headers):
-        shown.add_column(textwrap.fill(header, 9, break_long_words=False), justify="right" if i else "left",
-                         no_wrap=True)
+        shown.add_column(header.replace(" ", "\n"), justify="right" if i else "left", no_wrap=True)
     for cells in rows:
         shown.add_row(*cells, style="bold" if cells[0] == "torch" else "")
     return shown

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class RuntimeRow:
     Attributes:
         runtime, version: its name, and the version of its package.
         error: why it did not run; nothing else is set then.
+        notes: what was said while the file was written.
         metric: the caller's metric.
         agreement: share of the predictions that equal those of the deployed model in torch.
         output_difference: the greatest absolute difference of an output from torch's.
@@ -58,6 +60,7 @@ class RuntimeRow:
     runtime: str
     version: str = ""
     error: str | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
     metric: float | None = None
     agreement: float | None = None
     output_difference: float | None = None
@@ -109,7 +112,7 @@ class RuntimeTable:
         columns |= {
             "as torch": lambda r: _shown(r.agreement, ".2%"),
             "code diff": lambda r: _shown(r.code_difference, "d"),
-            "codes off": lambda r: _shown(r.differing_codes, ".4%"),
+            "codes off": lambda r: _shown(r.differing_codes, ".3%"),
             "output diff": lambda r: _shown(r.output_steps, ".3g"),
             "latency ms": lambda r: _shown(r.latency_ms, ".2f"),
             "bytes": lambda r: _shown(r.bytes, ","),
@@ -135,6 +138,7 @@ class RuntimeTable:
                 said.append((f"{r.runtime} did not run: {r.error}", True))
                 continue
             said.append((f"{r.runtime} {r.version}: {_counted(r.operators)}", False))
+            said += [(f"{r.runtime}: {note}", True) for note in r.notes]
             if r.in_float:
                 said.append((f"{r.runtime} runs in floating point what is quantized: "
                              + ", ".join(f"{layer}: {what}" for layer, what in r.in_float.items()), True))
@@ -280,7 +284,10 @@ def _again(first: Any, left: Iterable[Any]) -> Iterable[Any]:
 def _started(row: RuntimeRow, deployed: nn.Module, folder: Path, first: Any, metric: Any) -> _Runner:
     runtime = get(row.runtime)
     path = folder / f"{row.runtime}{runtime.suffix}"
-    session = runtime.deploy(deployed, path, first)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        session = runtime.deploy(deployed, path, first)
+    row.notes = list(dict.fromkeys(str(w.message) for w in said if w.category is UserWarning))
     row.version = _version(runtime.package)
     row.bytes = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
     return _Runner(row, session, None if metric is None else metric.clone())

@@ -10,6 +10,7 @@ from qat.runtimes.base import Runtime
 RUNTIMES: dict[str, tuple[str, str, str | None]] = {
     "torch": ("qat.runtimes.torch_runtime", "Torch", None),
     "onnxruntime": ("qat.runtimes.onnx_runtime", "OnnxRuntime", "onnx"),
+    "llama.cpp": ("qat.runtimes.llama_cpp", "LlamaCpp", "llama-cpp"),
     "openvino": ("qat.runtimes.open_vino", "OpenVino", "openvino"),
 }
 """Name -> module, class, and the extra that it needs, if any. A module is imported when its runtime is asked for."""
