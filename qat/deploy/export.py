@@ -16,6 +16,7 @@ from qat.rewriter import is_prepared, quantized_modules
 
 FORMATS: dict[str, tuple[str, str | None]] = {
     "compressed-tensors": ("qat.deploy.compressed_tensors", "llm"),
+    "executorch": ("qat.deploy.executorch_file", "executorch"),
     "gguf": ("qat.deploy.gguf", "gguf"),
     "onnx": ("qat.deploy.onnx", "onnx"),
     "torch-export": ("qat.deploy.torch_export", None),
