@@ -22,8 +22,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the operators quantized_decomposed
+import torch.ao.quantization.fx._decomposed  # registers the operators quantized_decomposed
 import torch.nn.functional as F
+from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
+from executorch.backends.xnnpack.partition.config.generic_node_configs import (
+    AddConfig,
+    DeQuantizedPerTensorConfig,
+    QuantizedPerTensorConfig,
+)
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
@@ -38,7 +45,7 @@ from qat.modules.base import QuantizedModule
 from qat.modules.composite import Composite
 from qat.modules.convolution import QuantizedConvolution
 from qat.modules.functional import QuantizedAdd, QuantizedMatMul
-from qat.modules.linear import LinearProduct
+from qat.modules.linear import LinearProduct, QuantizedEmbedding
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
 from qat.rewriter import quantized_modules
@@ -61,14 +68,14 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     Args:
         example_inputs: one batch (a tensor, a tuple of arguments or a dict of keywords); the file takes inputs of these
             shapes, the size of the batch included.
-        target: a name of :mod:`qat.targets`, whose rules are checked first; None: ``arm``.
+        target: a name of :mod:`qat.targets`, whose rules are checked first; None: ``executorch``.
 
     Raises:
         UnsupportedError: a layer that XNNPACK does not run on integers, by name.
         OverflowBoundError: a bias that an int32 accumulator cannot hold exactly.
         CheckpointError: the file cannot be written.
     """
-    aim = targets.get(target or "arm")
+    aim = targets.get(target or "executorch")
     if example_inputs is None:
         raise UnsupportedError("an ExecuTorch file holds a graph: give qat.export(..., example_inputs=one_batch)")
     modules = quantized_modules(deployed)
@@ -77,10 +84,10 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
             quantizer = module.input_quantizer
             targets.check(aim, name, module.plan.kind, module.plan.weight,
                           module.plan.input if quantizer is None else quantizer.spec, module.plan.output)
-        _check(name, module)
+        _check(name or "the model", module)
     program = exported(deployed, example_inputs)
     manager = _lowered(program)
-    _check_delegated(manager.exported_program())
+    _check_delegated(manager.exported_program(), modules)
     buffer = manager.to_executorch(ExecutorchBackendConfig()).buffer
     with new_file(path) as temporary:
         write_synced(temporary, bytes(buffer))
@@ -108,6 +115,11 @@ def _check(name: str, module: QuantizedModule) -> None:
         _check_activation(name, role, spec)
     if plan.weight is None:
         return
+    if plan.weight.granularity == "per_group":
+        raise UnsupportedError(f"{name}: XNNPACK's int8 kernels have no scales for groups of inputs; use granularity: "
+                               "per_channel")
+    if isinstance(module, QuantizedEmbedding):
+        return
     if plan.input is None:
         raise UnsupportedError(f"{name}: its inputs are floating point, and XNNPACK's int8 kernels take int8 codes; "
                                "give it an input: int8 spec, or keep: float32")
@@ -115,12 +127,10 @@ def _check(name: str, module: QuantizedModule) -> None:
             (isinstance(module, QuantizedConvolution) and plan.kind in CONVOLUTIONS)):
         raise UnsupportedError(f"{name}: a quantized {plan.kind} is no int8 kernel of XNNPACK; leave it in floating "
                                "point by a rule with its name and keep: float32, or export with format='onnx'")
-    if plan.weight.granularity == "per_group":
-        raise UnsupportedError(f"{name}: XNNPACK's int8 kernels have no scales for groups of inputs; use granularity: "
-                               "per_channel")
     if not plan.requantize:
         raise UnsupportedError(f"{name}: it was trained with a float bias, and XNNPACK adds whole int32 steps; train "
-                               "with requantize: true, as recipe, changes = qat.targets.adjust(recipe, 'arm') does")
+                               "with requantize: true, as recipe, changes = qat.targets.adjust(recipe, 'executorch') "
+                               "does")
 
 
 def _check_activation(name: str, role: str, spec: TensorSpec) -> None:
@@ -193,7 +203,8 @@ def _constants(deployed: nn.Module) -> Iterator[None]:
             layer._buffers[CODES] = torch.from_numpy(weight.codes)
             layer._buffers[SCALE] = torch.from_numpy(scale)
             layer._buffers[POINT] = torch.zeros(len(scale), dtype=torch.int64)
-            layer._buffers[BIAS] = None if layer.bias is None else layer.bias.detach().float().clone()
+            bias = getattr(layer, "bias", None)
+            layer._buffers[BIAS] = None if bias is None else bias.detach().float().clone()
         yield
     finally:
         for layer in layers:
@@ -203,12 +214,12 @@ def _constants(deployed: nn.Module) -> Iterator[None]:
 
 def _check_weight(layer: QuantizedModule, weight: Integers) -> None:
     if not weight.signed or (weight.zero_point is not None and weight.zero_point.any()):
-        raise UnsupportedError(f"{layer.name}: XNNPACK's int8 weights have zero point 0, and {layer.plan.weight} is not "
-                               "so; use symmetric: true for weights")
+        raise UnsupportedError(f"{layer.name}: XNNPACK's int8 weights have zero point 0, and {layer.plan.weight} is "
+                               "not so; use symmetric: true for weights")
     if (weight.scale <= 0).any():
         raise UnsupportedError(f"{layer.name}: a folded batch norm makes {int((weight.scale <= 0).sum())} scales "
-                               "negative, and their channels hold the lowest code, which has no mirror image; keep this "
-                               "layer's batch norm unfolded, or train its gains positive")
+                               "negative, and their channels hold the lowest code, which has no mirror image; keep "
+                               "this layer's batch norm unfolded, or train its gains positive")
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: ste.Grid,
@@ -243,13 +254,23 @@ def _product(self: QuantizedModule, x: QuantizedTensor, weight: Any, geometry: A
                     geometry.groups)
 
 
+def _embed(self: QuantizedEmbedding, input: Tensor) -> Any:
+    if self.plan.weight is None:
+        return _EMBED(self, input)
+    rows, scale = F.embedding(input, self._buffers[CODES]), F.embedding(input, self._buffers[SCALE].unsqueeze(1))
+    return self.finish(rows.to(torch.float32) * scale)
+
+
+_EMBED = QuantizedEmbedding.forward
+
+
 @contextmanager
 def _patterns() -> Iterator[None]:
     """All modules of this package compute in the pattern that XNNPACK fuses, inside the block."""
     replaced: list[tuple[Any, str, Any]] = [
         (ste, "quantize", _quantize), (QuantizedTensor, "dequantize", _dequantize),
         (QuantizedModule, "product", _product), (QuantizedModule, "quantized_weight", lambda self: None),
-        (LinearProduct, "_serve_one_row", lambda self: None),
+        (LinearProduct, "_serve_one_row", lambda self: None), (QuantizedEmbedding, "forward", _embed),
         (QuantizedAdd, "sum_of_codes", lambda self, a, b: a.dequantize() + b.dequantize())]
     with ExitStack() as stack:
         stack.enter_context(table.use("reference"))         # no shortcut around the products
@@ -286,6 +307,11 @@ def _fix_scales(graph: torch.fx.GraphModule) -> None:
     for layer, step in steps.items():
         owner = graph.get_submodule(layer[:-1])
         _round_bias(layer[:-1], owner, step)
+    for node in list(graph.graph.nodes):
+        if node.target is _ops.dequantize_per_tensor.default:
+            for reader in list(node.users)[1:]:         # fused kernels take away that of their own
+                with graph.graph.inserting_after(node):
+                    reader.replace_input_with(node, graph.graph.node_copy(node, lambda n: n))
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -310,7 +336,9 @@ def _round_bias(name: str, owner: nn.Module, step: float) -> None:
         OverflowBoundError: there are none.
     """
     codes, scale, bias = (owner._buffers[part] for part in (CODES, SCALE, BIAS))
-    assert codes is not None and scale is not None and bias is not None
+    assert codes is not None
+    assert scale is not None
+    assert bias is not None
     dead = ~codes.flatten(1).any(1)
     fine = bias.abs() / step / DEAD_STEPS
     scale = torch.where(dead & (fine > torch.finfo(torch.float32).tiny), fine, scale)
@@ -325,8 +353,8 @@ def _round_bias(name: str, owner: nn.Module, step: float) -> None:
         worst = int(wrong.nonzero()[0])
         raise OverflowBoundError(
             f"{name}: the bias {float(bias[worst]):g} of channel {worst} is {float(steps[worst]):.3g} steps of "
-            f"scale_x * scale_w = {float(grid[worst]):.3g}, which the file cannot hold exactly; widen the scale of that "
-            "channel's weights (per_tensor, or clip the batch norm's gain)")
+            f"scale_x * scale_w = {float(grid[worst]):.3g}, which the file cannot hold exactly; widen the scale of "
+            "that channel's weights (per_tensor, or clip the batch norm's gain)")
     owner._buffers[SCALE], owner._buffers[BIAS] = scale, made
 
 
@@ -341,18 +369,33 @@ def _drop_unused(graph: torch.fx.GraphModule) -> None:
 
 def _lowered(program: ExportedProgram) -> EdgeProgramManager:
     with _quiet():
-        return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return to_edge_transform_and_lower(program, partitioner=[_partitioner()])
 
 
-def _check_delegated(program: ExportedProgram) -> None:
+def _partitioner() -> XnnpackPartitioner:
+    """XNNPACK's partitioner, with products, sums and the quantizers themselves on int8, all else in floating point.
+
+    It would run what lies between two quantizers on int8 too (ReLU, pooling, concatenation), but those kernels want one
+    grid on both sides: with two, they round once more, or the file does not load.
+    """
+    made = XnnpackPartitioner()
+    for config in made.target_partitioner_configs.values():
+        if not isinstance(config, (GEMMConfig, AddConfig, QuantizedPerTensorConfig, DeQuantizedPerTensorConfig)):
+            config.set_enabled_precision_types([ConfigPrecisionType.FP32])
+    return made
+
+
+def _check_delegated(program: ExportedProgram, modules: Mapping[str, QuantizedModule]) -> None:
     """Refuse a program in which codes of a weight are read by anything but a kernel of XNNPACK.
 
     Raises:
         UnsupportedError: a layer is left over, by name.
     """
-    left = [name.removesuffix(f".{CODES}") for name in program.graph_signature.inputs_to_buffers.values()
+    held = [name.removesuffix(f".{CODES}") for name in program.graph_signature.inputs_to_buffers.values()
             if name.endswith(CODES)]
+    left = [name for name in held if not isinstance(modules[name], QuantizedEmbedding)]
     if left:
         raise UnsupportedError(f"{left[0]}: XNNPACK runs a layer on integers only where one quantizer reads its result "
-                               f"at once, and nothing else; give it an output: int8 spec, or keep: float32 "
+                               f"at once, and nothing else; give it an output: int8 spec, as recipe, changes = "
+                               "qat.targets.adjust(recipe, 'executorch') does, or keep: float32 "
                                f"({len(left)} layers: {', '.join(left[:8])})")
