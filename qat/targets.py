@@ -99,6 +99,8 @@ TARGETS: dict[str, Target] = {t.name: t for t in [
            weights=_SEVEN_BITS, fuses=_FUSED, dynamic=("per_token", "per_tensor")),
     Target("arm", "ARM with dot products: s8 x s8 into int32", weights=SIGNED, fuses=_FUSED,
            dynamic=("per_token", "per_tensor"), bias="int32"),
+    Target("executorch", "ExecuTorch with XNNPACK: s8 x s8 into int32, and from there straight to int8", weights=SIGNED,
+           activations=_BYTES, fuses=("Linear", *_FUSED), bias="int32", form=None),
     Target("tensorrt", "TensorRT, explicit quantization: zero points 0, int8, int4 weight-only in blocks",
            weights=_INT8, weight_only=("int4",), weight_only_granularities=("per_group",), group_sizes=(128, 64),
            activations=_INT8, symmetric_activations=True, absorbs=False, quantized_operands=("Add",),
@@ -241,7 +243,8 @@ class _Fitting:
         if weight is None or given is None or given.dynamic or output is not None or not self.target.fuses:
             return [fitted]
         covered = {r.type for r in before if r.name in (None, rule.name)}
-        kinds = [k for k in self.target.fuses if k in CONVOLUTIONS and rule.type in (None, k) and k not in covered]
+        kinds = [k for k in self.target.fuses
+                 if k not in ("Add", "Concat") and rule.type in (None, k) and k not in covered]
         if not kinds:
             return [fitted]
         self.say(rule, f"output: {given.format} for {', '.join(kinds)}",

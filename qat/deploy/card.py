@@ -123,6 +123,15 @@ def _torch(deployed: nn.Module, target: str | None, made: Path, example_inputs: 
              f"    output = model({call})")]
 
 
+def _executorch(deployed: nn.Module, target: str | None, made: Path, example_inputs: Any) -> Code:
+    args = example_inputs if isinstance(example_inputs, tuple | list | Mapping) else (example_inputs,)
+    leaves = pytree.tree_leaves(pytree.tree_map(_zeros, dict(args) if isinstance(args, Mapping) else tuple(args)))
+    return [("ExecuTorch; for inputs of these shapes only", "python",
+             f"import torch\nfrom executorch.runtime import Runtime\n\n"
+             f'method = Runtime.get().load_program("{made.name}").load_method("forward")\n'
+             f"outputs = method.execute([{', '.join(map(_python, leaves))}])")]
+
+
 class _Source(str):
     """Code, among values that have a ``repr``."""
 
@@ -173,6 +182,6 @@ def _onnx(deployed: nn.Module, target: str | None, made: Path, example_inputs: A
 
 
 LOADING: dict[str, Callable[[nn.Module, str | None, Path, Any], Code]] = {
-    "compressed-tensors": _transformers, "gguf": _llama_cpp, "onnx": _onnx, "torch-export": _torch,
+    "compressed-tensors": _transformers, "executorch": _executorch, "gguf": _llama_cpp, "onnx": _onnx, "torch-export": _torch,
 }
 """Format -> how its runtimes load it."""

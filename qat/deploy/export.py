@@ -56,6 +56,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": Format("qat.deploy.compressed_tensors", "llm", None),
+    "executorch": Format("qat.deploy.executorch_file", "executorch", ".pte"),
     "gguf": Format("qat.deploy.gguf", "gguf", ".gguf"),
     "onnx": Format("qat.deploy.onnx", "onnx", ".onnx"),
     "torch-export": Format("qat.deploy.torch_export", None, ".pt2"),
