@@ -182,6 +182,7 @@ def _onnx(deployed: nn.Module, target: str | None, made: Path, example_inputs: A
 
 
 LOADING: dict[str, Callable[[nn.Module, str | None, Path, Any], Code]] = {
-    "compressed-tensors": _transformers, "executorch": _executorch, "gguf": _llama_cpp, "onnx": _onnx, "torch-export": _torch,
+    "compressed-tensors": _transformers, "executorch": _executorch, "gguf": _llama_cpp, "onnx": _onnx,
+    "torch-export": _torch,
 }
 """Format -> how its runtimes load it."""
