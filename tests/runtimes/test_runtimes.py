@@ -66,11 +66,11 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize(("model", "shape", "operators", "layers"), [
-    (zoo.mlp, (12,), {"QGemm": 1, "MatMulInteger": 2}, 3),
-    (zoo.Residual, (3, 5, 7), {"QLinearConv": 2, "QLinearAdd": 1, "MatMulInteger": 1}, 4),
-    (zoo.conv_net, (3, 8, 8), {"QLinearConv": 4, "MatMulInteger": 1}, 5),
-    (Recurrent, (4, 6), {"MatMulInteger": 6}, 3),
-    (Encoder, (7, 12), {"MatMulInteger": 9}, 9),
+    (zoo.mlp, (12,), {"QGemm": 2, "MatMulInteger": 1}, 3),
+    (zoo.Residual, (3, 5, 7), {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1}, 4),
+    (zoo.conv_net, (3, 8, 8), {"QLinearConv": 4, "QGemm": 1}, 5),
+    (Recurrent, (4, 6), {"QGemm": 6}, 3),
+    (Encoder, (7, 12), {"QGemm": 7, "MatMulInteger": 2}, 9),
 ])
 def test_onnxruntime_computes_what_torch_computes(model: Any, shape: tuple[int, ...], operators: dict[str, int],
                                                   layers: int) -> None:
