@@ -73,6 +73,9 @@ class OpenVinoSession(Session):
                 note(layer, operator, types[:2], result, False)
                 for other in {layer_of(n) for n in names if "/QuantizeLinear" in n} - {layer, ""}:
                     note(other, f"fused into {operator}", [types[0], *types[3:4]], result, True)
+            elif kind == "Gather":
+                for match in filter(None, map(WEIGHT.search, inputs)):
+                    note(match[1], operator, types[:1], result, False)
             elif kind in SUMS:
                 for other in {layer_of(n) for n in names if "/QuantizeLinear" in n} - {""}:
                     note(other, operator, types[:2], result, True)
