@@ -32,7 +32,7 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import (
 )
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -88,9 +88,10 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
                           module.plan.input if quantizer is None else quantizer.spec, module.plan.output)
         _check(name or "the model", module)
     program = exported(deployed, example_inputs)
-    manager = _lowered(program)
-    _check_delegated(manager.exported_program(), modules)
-    buffer = manager.to_executorch(ExecutorchBackendConfig()).buffer
+    with _quiet():
+        manager = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
+        _check_delegated(manager.exported_program(), modules)
+        buffer = manager.to_executorch(ExecutorchBackendConfig()).buffer
     with new_file(path) as temporary:
         write_synced(temporary, bytes(buffer))
 
@@ -368,11 +369,6 @@ def _drop_unused(graph: torch.fx.GraphModule) -> None:
                                 *graph.named_buffers(remove_duplicate=False)) if n not in used]:
         owner, _, attribute = name.rpartition(".")
         delattr(graph.get_submodule(owner), attribute)
-
-
-def _lowered(program: ExportedProgram) -> EdgeProgramManager:
-    with _quiet():
-        return to_edge_transform_and_lower(program, partitioner=[_partitioner()])
 
 
 def _partitioner() -> XnnpackPartitioner:
