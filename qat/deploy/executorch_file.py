@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qat import targets
-from qat.deploy.files import new_file, write_synced
+from qat.deploy.files import write_synced
 from qat.deploy.integers import Integers
 from qat.errors import OverflowBoundError, UnsupportedError
 from qat.kernels import ste, table
@@ -92,8 +92,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
         manager = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
         _check_delegated(manager.exported_program(), modules)
         buffer = manager.to_executorch(ExecutorchBackendConfig()).buffer
-    with new_file(path) as temporary:
-        write_synced(temporary, bytes(buffer))
+    write_synced(path, bytes(buffer))
 
 
 # ------------------------------------------------------------------------------------------- what can be expressed

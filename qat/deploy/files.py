@@ -52,31 +52,6 @@ def new_folder(target: Path, replaces: Callable[[Path], bool]) -> Iterator[Path]
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """The path of a temporary file, with the suffix of ``target``, that takes its place when the block ends.
-
-    Raises:
-        CheckpointError: a folder is there already; it cannot be written.
-    """
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder: this format is one file, choose another path")
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-        made = Path(temporary) / target.name
-        yield made
-        with open(made, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(made, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def new_files(target: Path, voucher: str) -> Iterator[Path]:
     """A temporary folder whose files go where ``target`` is when the block ends; it vanishes if that fails.
 

@@ -21,9 +21,7 @@ quantizes their activations too unless ``session.qdq_matmulnbits_accuracy_level`
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -41,6 +39,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from qat import targets
+from qat.deploy.files import write_synced
 from qat.deploy.onnx_lowering import Lowering, scope_of
 from qat.deploy.onnx_rules import check_explicit_quantization
 from qat.errors import CheckpointError, UnsupportedError, nearest
@@ -107,32 +106,12 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     data = proto.SerializeToString(deterministic=True)
     if len(data) > LARGEST_FILE:
         raise CheckpointError(f"{path}: an ONNX file holds at most 2 GiB, and this model has {len(data):,} bytes")
-    _replace(path, data)
+    write_synced(path, data)
 
 
 def _input_of(module: QuantizedModule) -> TensorSpec | None:
     """The spec of what a module multiplies: what its own quantizer makes, or what its rule says of codes that come."""
     return module.plan.input if module.input_quantizer is None else module.input_quantizer.spec
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Have a file with these bytes, in one step."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
 
 
 # ------------------------------------------------------------------------------- the graph, arithmetic left opaque
