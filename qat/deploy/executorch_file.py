@@ -24,15 +24,6 @@ import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators quantized_decomposed
 import torch.nn.functional as F
-from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
-from executorch.backends.xnnpack.partition.config.generic_node_configs import (
-    AddConfig,
-    DeQuantizedPerTensorConfig,
-    QuantizedPerTensorConfig,
-)
-from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -50,6 +41,18 @@ from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
 from qat.rewriter import quantized_modules
 from qat.tracing import evaluating
+
+with warnings.catch_warnings():      # of libraries that it imports, about themselves
+    warnings.simplefilter("ignore")
+    from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import (
+        AddConfig,
+        DeQuantizedPerTensorConfig,
+        QuantizedPerTensorConfig,
+    )
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
 CONVOLUTIONS = ("Conv1d", "Conv2d")
 CODES, SCALE, POINT, BIAS = (f"executorch_{part}" for part in ("codes", "scale", "zero_point", "bias"))
