@@ -7,8 +7,8 @@ The deployed model is exported with the pattern that XNNPACK's partitioner fuses
 Activations are int8; codes of an absorbed ReLU, uint8, become int8 with a zero point 128 lower, and no value changes.
 Biases are whole steps of ``scale_x * scale_w``, int32 in the file, and the accumulators are multiplied once by
 ``scale_x * scale_w / scale_out``: what layers of recipes that ``requantize`` compute. Sums of two activations
-(:class:`qat.modules.functional.Add`) are fixed-point in XNNPACK, and means of int8 (pooling) too: a code made by them
-may be one off.
+(:class:`qat.modules.functional.Add`) are not computed as this package computes them, and a code behind one may be one
+off; ReLU, pooling and concatenation run in float32.
 """
 
 from __future__ import annotations

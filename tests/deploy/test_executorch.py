@@ -99,7 +99,7 @@ def test_codes_and_predictions_of_a_trained_network(kind: str, digits: tuple[Ten
     assert head.output_quantizer is not None
     codes = differing(theirs, ours, head.output_quantizer.scale)
     assert codes.max() <= 1
-    assert codes.mean() <= (1e-4 if kind == "mlp" else 1e-3)       # sums and means are fixed-point there
+    assert codes.mean() <= (1e-4 if kind == "mlp" else 1e-3)       # behind sums, a code may be one off
     assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
     assert (tmp_path / "m.pte").stat().st_size < 3 * sum(p.numel() for p in model.parameters())   # no float weights
     run(deployed, tmp_path / "again.pte", x)
