@@ -1,6 +1,7 @@
 """train.py and evaluate.py as a user runs them, in processes of their own."""
 
 import json
+import logging
 import os
 import re
 import runpy
@@ -164,6 +165,8 @@ def test_mistakes_are_one_paragraph(tmp_path, monkeypatch, capsys, arguments, me
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    # Hydra closes all handlers of logging; absl's would close the stream of another test, which is pytest's own
+    monkeypatch.setattr(logging, "_handlerList", [])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     output = capsys.readouterr().err
