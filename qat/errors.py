@@ -57,6 +57,10 @@ class UnsupportedError(QuantizationError, NotImplementedError):
     """A combination that no kernel, target or file format can carry."""
 
 
+class PatternError(UnsupportedError):
+    """A product of integers that is no Q/DQ pattern of ONNX; integer operators can express it."""
+
+
 class ConfigError(QuantizationError, ValueError):
     """A run configuration with a wrong or unsafe value."""
 

@@ -12,7 +12,7 @@ import torch
 
 from qat import targets
 from qat.deploy.integers import Integers
-from qat.errors import OverflowBoundError, UnsupportedError
+from qat.errors import OverflowBoundError, PatternError, UnsupportedError
 from qat.modules.base import QuantizedModule
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec, get_format
@@ -111,6 +111,9 @@ class Lowering:
 
     def _refuse(self, what: str, remedy: str) -> UnsupportedError:
         return UnsupportedError(f"{self.layer or 'the model'}: {what}; {remedy}")
+
+    def _no_pattern(self, what: str, remedy: str) -> PatternError:
+        return PatternError(str(self._refuse(what, remedy)))
 
     # ------------------------------------------------------------------------------------------- activations
 
@@ -248,8 +251,9 @@ class Lowering:
         suits = fixed and weight.group is None and (weight.zero_point is None or self._is_linear or
                                                     not weight.zero_point.any())
         if self.form == "qdq" and not suits:
-            raise self._refuse(f"{layer.plan.weight} weights with {spec} inputs are no Q/DQ pattern",
-                               "static per_tensor inputs and per_channel weights are; or export with form='integer'")
+            raise self._no_pattern(f"{layer.plan.weight} weights with {spec} inputs are no Q/DQ pattern",
+                                   "static per_tensor inputs and per_channel weights are; or export with "
+                                   "form='integer'")
         if suits and (self.form == "qdq" or (self.form == "auto" and self._is_exact(bias, known, weight))):
             return [self._qdq(codes, scale, known, spec, weight, bias)]
         levels = self._levels(codes, spec)
@@ -401,13 +405,10 @@ class Lowering:
             out = self._at_scale_one(next(iter(self.node.outputs[0].uses())).node)
         outside = None
         if bias is not None:
-            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-                steps = np.rint((bias / grid).astype(np.float32))
-            within = (np.abs(steps) < affine.INT32_STEPS) & ~weight.dead
-            whole = np.where(within, steps, 0).astype(np.int32).reshape(shape or -1)
-            acc = self._op("Add", acc, self._const(whole, f"{self.layer}.bias_codes"))
-            if not within.all():
-                outside = (np.where(within, 0, bias) / out).astype(np.float32).reshape(shape or -1)
+            steps, rest = (t.numpy().reshape(shape or -1) for t in affine.whole_steps(
+                *map(torch.as_tensor, (bias, grid, weight.dead))))
+            acc = self._op("Add", acc, self._const(steps.astype(np.int32), f"{self.layer}.bias_codes"))
+            outside = (rest / out).astype(np.float32) if rest.any() else None
         multiplier = (grid / out).astype(np.float32)
         multiplier = multiplier.reshape(shape) if shape and multiplier.ndim else multiplier
         y = self._op("Mul", self._op("Cast", acc, to=ir.DataType.FLOAT),
@@ -518,8 +519,8 @@ class Lowering:
         plain = (left.fmt.grid == right.fmt.grid == "affine" and self._one_scale(scale_a) and self._one_scale(scale_b)
                  and moving_a is None and moving_b is None)
         if self.form == "qdq" and not plain:
-            raise self._refuse(f"a product of {left} and {right} activations is no Q/DQ pattern",
-                               "keep it in floating point by a rule with its name and keep: float32")
+            raise self._no_pattern(f"a product of {left} and {right} activations is no Q/DQ pattern",
+                                   "keep it in floating point by a rule with its name and keep: float32")
         if plain and (self.form == "qdq" or (self.form == "auto" and factor == 1.0 and self._quantized_at_once())):
             y = self._op("MatMul", self._dq(a, scale_a, None, "a_", left), self._dq(b, scale_b, None, "b_", right))
             return [y if factor == 1.0 else self._op("Mul", y, self._float(factor))]

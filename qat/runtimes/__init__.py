@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qat.errors import CheckpointError
 from qat.runtimes.base import Operator, Runtime, Session
 from qat.runtimes.compare import RuntimeRow, RuntimeTable, compare_runtimes
 from qat.runtimes.registry import RUNTIMES, get
@@ -21,7 +20,4 @@ def open(path: str | os.PathLike[str], runtime: str) -> Session:
         UnsupportedError: an unknown runtime, or one that is not installed.
         CheckpointError: no such file, or a damaged one.
     """
-    chosen, path = get(runtime), Path(path)
-    if not path.exists():
-        raise CheckpointError(f"there is no {path}")
-    return chosen.open(path)
+    return get(runtime).open(Path(path))

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qat.deploy.export import export
+from qat.deploy.export import export, verify
 from qat.errors import UnsupportedError
 
 INTEGERS = frozenset({"u1", "u2", "u3", "u4", "u5", "u6", "u8", "u16", "s2", "s4", "s8", "s16", "s32"})
@@ -177,14 +177,20 @@ class Runtime(ABC):
         """
         export(deployed, path, self.format, example_inputs, self.target, **self.options)
 
-    @abstractmethod
     def open(self, path: Path) -> Session:
-        """Open what :meth:`export` wrote.
+        """Hold what :meth:`export` wrote against its manifest, and open it.
 
         Raises:
-            CheckpointError: the file is damaged, or no file of this format; the path is in the message.
+            CheckpointError: there is no such file; it is truncated, altered or damaged, or no file of this format; the
+                path is in the message.
             UnsupportedError: the runtime has no kernel for what is in it.
         """
+        verify(path)
+        return self.start(path)
+
+    @abstractmethod
+    def start(self, path: Path) -> Session:
+        """Open a file that has been checked; errors as in :meth:`open`."""
 
     def deploy(self, deployed: nn.Module, path: Path, example_inputs: Any) -> Session:
         """Export, and open what was written."""

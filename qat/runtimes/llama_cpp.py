@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qat.deploy.export import verify
 from qat.deploy.gguf import layer_names
 from qat.errors import CheckpointError, UnsupportedError
 from qat.runtimes.base import Operator, Runtime, Session
@@ -47,7 +46,6 @@ class LlamaCppSession(Session):
     """
 
     def __init__(self, path: Path) -> None:
-        verify(path)
         self.path = path
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  close() closes it
         try:
@@ -171,5 +169,5 @@ class LlamaCpp(Runtime):
                                    f"llama-cpp-python, or name the Python that has it in {PYTHON} "
                                    f"({found.stderr.strip().splitlines()[-1]})")
 
-    def open(self, path: Path) -> LlamaCppSession:
+    def start(self, path: Path) -> LlamaCppSession:
         return LlamaCppSession(path)

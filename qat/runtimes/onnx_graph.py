@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from qat.errors import CheckpointError, UnsupportedError
-from qat.runtimes.base import Codes, Operator
+from qat.runtimes.base import Codes, Operator, Read, Session
 from qat.runtimes.watch import owner_of
 
 KINDS = {onnx.TensorProto.FLOAT: "f32", onnx.TensorProto.UINT8: "u8", onnx.TensorProto.INT8: "s8",
@@ -55,14 +56,19 @@ def layer_of(name: str) -> str:
     return owner_of(head) if slash else ""
 
 
-def places(model: onnx.ModelProto) -> list[Place]:
-    """Where the graph has codes of activations, in the order of the computation."""
-    graph = model.graph
-    makers = {value: node for node in graph.node for value in node.output}
+def _neighbours(graph: onnx.GraphProto) -> tuple[dict[str, onnx.NodeProto], dict[str, list[onnx.NodeProto]]]:
+    """Value -> the node that makes it, and the nodes that read it."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for value in node.input:
             readers.setdefault(value, []).append(node)
+    return {value: node for node in graph.node for value in node.output}, readers
+
+
+def places(model: onnx.ModelProto) -> list[Place]:
+    """Where the graph has codes of activations, in the order of the computation."""
+    graph = model.graph
+    makers, readers = _neighbours(graph)
     kinds = {t.name: t.data_type for t in graph.initializer}
     found = []
     for node in graph.node:
@@ -103,10 +109,6 @@ def with_codes(model: onnx.ModelProto) -> tuple[bytes, list[Place]]:
     return copied.SerializeToString(), found
 
 
-def as_codes(found: Iterable[Place], values: Iterable[np.ndarray]) -> list[Codes]:
-    return [Codes(p.layer, torch.from_numpy(np.array(v)), p.unsigned) for p, v in zip(found, values, strict=True)]
-
-
 def feed(names: Iterable[str], inputs: Any) -> dict[str, np.ndarray]:
     """Inputs of a model by the names of the graph's.
 
@@ -127,6 +129,45 @@ def open_batch(first: Iterable[Any]) -> int | None:
     """The only batch size of a file, from the first dimension of each of its inputs; None: it is open."""
     fixed = {d for d in first if isinstance(d, int)}
     return fixed.pop() if len(fixed) == 1 else None
+
+
+class OnnxSession(Session):
+    """A session on an ONNX file, whose codes are read from a copy of its graph with more outputs.
+
+    Attributes:
+        path, model: the file, and what is in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.model = path, load(path)
+        self._watching: tuple[Any, list[Place]] | None = None
+
+    @abstractmethod
+    def _start(self, content: bytes) -> Any:
+        """What runs a serialized model.
+
+        Raises:
+            CheckpointError: the runtime cannot read it.
+            UnsupportedError: the runtime has no kernel for it.
+        """
+
+    @abstractmethod
+    def _run(self, started: Any, inputs: Any) -> list[Tensor]:
+        """All outputs of what :meth:`_start` returned.
+
+        Raises:
+            UnsupportedError: inputs of other shapes or types than the file has.
+        """
+
+    def codes(self, inputs: Any) -> Read:
+        if self._watching is None:
+            content, found = with_codes(self.model)
+            self._watching = self._start(content), found
+        started, found = self._watching
+        values = self._run(started, inputs)
+        own = len(values) - len(found)
+        codes = [Codes(p.layer, v, p.unsigned) for p, v in zip(found, values[own:], strict=True)]
+        return Read(codes, values[:own])
 
 
 # ------------------------------------------------------------------------------------------- operators of a graph
@@ -151,11 +192,7 @@ def operators(model: onnx.ModelProto) -> list[Operator]:
     it makes.
     """
     graph = model.graph
-    makers = {value: node for node in graph.node for value in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for value in node.input:
-            readers.setdefault(value, []).append(node)
+    makers, readers = _neighbours(graph)
     kinds = {t.name: KINDS.get(t.data_type, str(t.data_type)) for t in graph.initializer}
     kinds |= {v.name: KINDS.get(v.type.tensor_type.elem_type, "?") for v in graph.input}
     found: dict[Operator, int] = {}

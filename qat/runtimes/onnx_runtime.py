@@ -13,24 +13,23 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from torch import Tensor
 
 from qat.errors import CheckpointError, UnsupportedError
-from qat.runtimes.base import Operator, Read, Runtime, Session
-from qat.runtimes.onnx_graph import Place, as_codes, feed, load, open_batch, operators, with_codes
+from qat.runtimes.base import Operator, Runtime
+from qat.runtimes.onnx_graph import OnnxSession, feed, open_batch, operators
 
 FAILURES = (failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.InvalidProtobuf,
             failures.RuntimeException, failures.NoSuchFile, failures.NotImplemented)
 
 
-class OnnxRuntimeSession(Session):
+class OnnxRuntimeSession(OnnxSession):
     """One file. Weight-only layers keep floating point activations (``qdq_matmulnbits_accuracy_level`` 1)."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.model = path, load(path)
+        super().__init__(path)
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             self.session = self._start(self.model.SerializeToString(), optimized)
             self.optimized = onnx.load(optimized)
         self.batch = open_batch(i.shape[0] for i in self.session.get_inputs() if i.shape)
-        self._watching: tuple[Any, list[Place]] | None = None
 
     def _start(self, content: bytes, optimized: Path | None = None) -> Any:
         options = ort.SessionOptions()
@@ -47,29 +46,17 @@ class OnnxRuntimeSession(Session):
             raise CheckpointError(f"{self.path}: onnxruntime cannot read it: {_first(error)}") from None
 
     def __call__(self, inputs: Any) -> list[Tensor]:
-        return [torch.from_numpy(y) for y in self._run(self.session, inputs)]
+        return self._run(self.session, inputs)
 
-    def _run(self, session: Any, inputs: Any) -> list[Any]:
-        """
-        Raises:
-            UnsupportedError: inputs of other shapes or types than the file has.
-        """
+    def _run(self, started: Any, inputs: Any) -> list[Tensor]:
         try:
-            return session.run(None, feed([i.name for i in session.get_inputs()], inputs))
+            given = feed([i.name for i in started.get_inputs()], inputs)
+            return [torch.from_numpy(y) for y in started.run(None, given)]
         except FAILURES as error:
             raise UnsupportedError(f"{self.path}: onnxruntime cannot run it: {_first(error)}") from None
 
     def operators(self) -> list[Operator]:
         return operators(self.optimized)
-
-    def codes(self, inputs: Any) -> Read:
-        if self._watching is None:
-            content, places = with_codes(self.model)
-            self._watching = self._start(content), places
-        session, places = self._watching
-        values = self._run(session, inputs)
-        own = len(values) - len(places)
-        return Read(as_codes(places, values[own:]), [torch.from_numpy(y) for y in values[:own]])
 
 
 def _first(error: Exception) -> str:
@@ -86,5 +73,5 @@ class OnnxRuntime(Runtime):
     package: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str | None] = "onnx"
 
-    def open(self, path: Path) -> OnnxRuntimeSession:
+    def start(self, path: Path) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(path)

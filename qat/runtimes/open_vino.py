@@ -9,28 +9,26 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from qat.deploy import export
-from qat.errors import CheckpointError, UnsupportedError
-from qat.runtimes.base import Operator, Read, Runtime, Session
-from qat.runtimes.onnx_graph import WEIGHT, Place, as_codes, feed, layer_of, load, open_batch, with_codes
+from qat.deploy.export import export
+from qat.errors import CheckpointError, PatternError, UnsupportedError
+from qat.runtimes.base import Operator, Runtime
+from qat.runtimes.onnx_graph import WEIGHT, OnnxSession, feed, layer_of, open_batch
 
 PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 SUMS = ("Eltwise", "Concatenation")
 
 
-
-class OpenVinoSession(Session):
+class OpenVinoSession(OnnxSession):
     """One file; floating point stays float32, and nothing is quantized that the file does not quantize."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.model = path, load(path)
+        super().__init__(path)
         self.core = ov.Core()
-        self.compiled = self._compile(self.model.SerializeToString())
+        self.compiled = self._start(self.model.SerializeToString())
         self.batch = open_batch(None if d.is_dynamic else d.get_length()
                                 for d in (i.partial_shape[0] for i in self.compiled.inputs if len(i.partial_shape)))
-        self._watching: tuple[Any, list[Place]] | None = None
 
-    def _compile(self, content: bytes) -> Any:
+    def _start(self, content: bytes) -> Any:
         try:
             return self.core.compile_model(self.core.read_model(content, b""), "CPU", {
                 "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
@@ -41,16 +39,12 @@ class OpenVinoSession(Session):
     def __call__(self, inputs: Any) -> list[Tensor]:
         return self._run(self.compiled, inputs)
 
-    def _run(self, compiled: Any, inputs: Any) -> list[Tensor]:
-        """
-        Raises:
-            UnsupportedError: inputs of other shapes or types than the file has.
-        """
+    def _run(self, started: Any, inputs: Any) -> list[Tensor]:
         try:
-            made = compiled(feed([i.any_name for i in compiled.inputs], inputs))
+            made = started(feed([i.any_name for i in started.inputs], inputs))
         except RuntimeError as error:
             raise UnsupportedError(f"{self.path}: OpenVINO cannot run it: {_last(error)}") from None
-        return [torch.from_numpy(made[o].copy()) for o in compiled.outputs]
+        return [torch.from_numpy(made[o].copy()) for o in started.outputs]
 
     def operators(self) -> list[Operator]:
         found: dict[Operator, int] = {}
@@ -81,15 +75,6 @@ class OpenVinoSession(Session):
                     note(other, operator, types[:2], result, True)
         return [Operator(r.layer, r.operator, r.operands, r.result, n, r.sums) for r, n in found.items()]
 
-    def codes(self, inputs: Any) -> Read:
-        if self._watching is None:
-            content, places = with_codes(self.model)
-            self._watching = self._compile(content), places
-        compiled, places = self._watching
-        values = self._run(compiled, inputs)
-        own = len(values) - len(places)
-        return Read(as_codes(places, [v.numpy() for v in values[own:]]), values[:own])
-
 
 def _type(port: Any) -> str:
     name = port.get_element_type().get_type_name() if hasattr(port, "get_element_type") else "?"
@@ -115,10 +100,8 @@ class OpenVino(Runtime):
     def export(self, deployed: nn.Module, path: Path, example_inputs: Any) -> None:
         try:
             export(deployed, path, self.format, example_inputs, self.target, form="qdq")
-        except UnsupportedError as error:
-            if "no Q/DQ pattern" not in str(error):
-                raise
+        except PatternError:
             export(deployed, path, self.format, example_inputs, self.target, form="auto")
 
-    def open(self, path: Path) -> OpenVinoSession:
+    def start(self, path: Path) -> OpenVinoSession:
         return OpenVinoSession(path)

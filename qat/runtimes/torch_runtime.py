@@ -45,7 +45,7 @@ class Torch(Runtime):
     def export(self, deployed: nn.Module, path: Path, example_inputs: Any) -> None:
         save(deployed, path)
 
-    def open(self, path: Path) -> Session:
+    def start(self, path: Path) -> Session:
         raise UnsupportedError(f"{path}: a checkpoint needs the float architecture: qat.load(path, skeleton)")
 
     def deploy(self, deployed: nn.Module, path: Path, example_inputs: Any) -> Session:

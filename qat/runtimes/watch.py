@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.deploy.convert import outputs
-from qat.kernels import ste, table, weight_only
+from qat.kernels import requantize, ste, table, weight_only
 from qat.kernels.backends import FLOAT
 from qat.modules.functional import QuantizedAdd, QuantizedConcat
 from qat.modules.linear import QuantizedEmbedding
@@ -131,9 +131,9 @@ def watch(deployed: nn.Module, inputs: Any, backend: str | None = None) -> Watch
         takers: list[tuple[Any, str, Callable[..., Any]]] = [
             (ste, "quantize", lambda made, x, scale, point, grid, offset=None: keep(
                 scope.layer, x, made.codes, scale, point, grid.spec, grid.floor, grid.ceiling)),
-            (ste, "requantized", lambda codes, sums, scale, point, grid: keep(
+            (requantize, "product", lambda codes, sums, scale, point, grid: keep(
                 scope.layer, None, codes, scale, point, grid.spec)),
-            (ste, "requantized_sum", lambda codes, a, b, scale, point, grid: keep(
+            (requantize, "addition", lambda codes, a, b, scale, point, grid: keep(
                 scope.layer, None, codes, scale, point, grid.spec)),
             (affine, "quantize", lambda codes, x, scale, point, spec: keep(scope.layer, x, codes, scale, point, spec))]
         for owner, name, take in takers:
@@ -161,7 +161,7 @@ def kernels(deployed: nn.Module, inputs: Any) -> list[Operator]:
 
     with _scopes(deployed) as scope, ExitStack() as stack:
         choose, choose_matmul = table.choose, table.choose_matmul
-        product, requantized_sum = weight_only.product, ste.requantized_sum
+        product, addition = weight_only.product, requantize.addition
 
         def chosen(op: str, x: Any, w: Any, geometry: Any = None) -> Any:
             backend = choose(op, x, w, geometry)
@@ -182,12 +182,12 @@ def kernels(deployed: nn.Module, inputs: Any) -> list[Operator]:
             return product(x, w, *rest)
 
         def summed(a: QuantizedTensor, b: QuantizedTensor, *rest: Any) -> Tensor:
-            codes = requantized_sum(a, b, *rest)
+            codes = addition(a, b, *rest)
             note(scope.layer, "sum of codes", kind_of(a.codes), kind_of(b.codes), result=kind_of(codes), sums=True)
             return codes
 
         for owner, name, function in ((table, "choose", chosen), (table, "choose_matmul", chosen_matmul),
-                                      (weight_only, "product", weighed), (ste, "requantized_sum", summed)):
+                                      (weight_only, "product", weighed), (requantize, "addition", summed)):
             stack.enter_context(mock.patch.object(owner, name, function))
         handles = [module.register_forward_hook(lambda *_, name=name: called.setdefault(name))
                    for name, module in modules.items()]

@@ -25,7 +25,6 @@ from tests import zoo
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-has_openvino = pytest.mark.skipif("not __import__('importlib').util.find_spec('openvino')", reason="needs openvino")
 
 
 class Encoder(nn.Module):
@@ -139,7 +138,6 @@ def test_weights_alone_and_tables() -> None:
     assert row.integer_layers == row.layers == 3
 
 
-@has_openvino
 def test_openvino_runs_on_integers_and_differs_by_single_codes() -> None:
     x = torch.randn(64, 3, 5, 7)
     deployed = deploy(zoo.Residual(), targets.default_recipe("openvino"), x)
@@ -153,7 +151,6 @@ def test_openvino_runs_on_integers_and_differs_by_single_codes() -> None:
     assert row.agreement == 1.0
 
 
-@has_openvino
 def test_what_openvino_runs_in_floating_point_is_named() -> None:
     """Integer operators instead of Q/DQ, which attention with dynamic probabilities needs, are no kernels there."""
     x = torch.randn(8, 7, 12)
@@ -237,12 +234,19 @@ def test_faults_are_typed_and_name_the_remedy(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UnsupportedError, match="2 tensors were given"):
         session((x, x))
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"nothing", whole.replace(b"MatMulInteger", b"MatMulIntegex")):
+    flipped = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]       # a number, as good to ONNX as any other
+    renamed = whole.replace(b"MatMulInteger", b"MatMulIntegex")
+    for damaged in (whole[: len(whole) // 2], b"", b"nothing", renamed, flipped):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"m\.onnx"):
             runtimes.open(path, "onnxruntime")
     with pytest.raises(CheckpointError, match="there is no"):
         runtimes.open(tmp_path / "none.onnx", "onnxruntime")
+    (tmp_path / "m.onnx.json").unlink()                                 # as of others: the format itself is checked
+    for damaged in (whole[: len(whole) // 2], b"nothing"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"m\.onnx is no ONNX file, or damaged"):
+            runtimes.open(path, "onnxruntime")
     with pytest.raises(UnsupportedError, match=r"qat\.load"):
         runtimes.open(path, "torch")
     monkeypatch.setitem(sys.modules, "openvino", None)
