@@ -39,7 +39,7 @@ most), ``hadamard`` (``seed`` of the signs; whether to rotate the residual ``str
 Options of roundings: ``qat/calibration/gptq.py``, ``rounding.py`` and ``reconstruction.py`` explain them where they use
 them.
 """
-_WHOLE = ("name", "backward_dtype", "edges", "calibration", "absorb", "requantize")
+_KEYS = ("name", "backward_dtype", "edges", "calibration", "absorb", "requantize")
 """Keys of a recipe beside its rules."""
 PLACING = ("awq", "gptq", "adaround", "reconstruction")
 """Algorithms that choose codes, so that the ranges of weights must stand still."""
@@ -231,11 +231,11 @@ class Recipe:
         if "preset" in data:
             overrides = {k: v for k, v in data.items() if k != "preset"}
             return cls.preset(str(data["preset"]), **overrides)
-        _check_keys("a recipe", data, (*_WHOLE, "rules"))
+        _check_keys("a recipe", data, (*_KEYS, "rules"))
         rules = data.get("rules") or ()
         if not isinstance(rules, list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
-        values: dict[str, Any] = {k: data[k] for k in _WHOLE if k != "calibration" and data.get(k) is not None}
+        values: dict[str, Any] = {k: data[k] for k in _KEYS if k != "calibration" and data.get(k) is not None}
         return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
                    calibration=algorithms(data.get("calibration") or ()), **values)
 
@@ -269,7 +269,7 @@ class Recipe:
         if name not in PRESETS:
             raise RecipeError(f"unknown preset {name!r}{nearest(str(name), PRESETS)}; presets are {', '.join(PRESETS)}")
         _check_keys(f"overrides of preset {name}", overrides,
-                    (*_WHOLE, "weight", "input", "rules"))
+                    (*_KEYS, "weight", "input", "rules"))
         data = {"name": name, **PRESETS[name]}
         rules = [dict(rule) for rule in data["rules"]]
         for key in ("weight", "input"):
@@ -285,7 +285,7 @@ class Recipe:
         if not isinstance(overrides.get("rules") or [], list | tuple):
             raise RecipeError(f"rules: is a list of rules, not {type(overrides['rules']).__name__}")
         data["rules"] = [*(overrides.get("rules") or []), *rules]
-        data |= {k: v for k, v in overrides.items() if k in _WHOLE and v is not None}
+        data |= {k: v for k, v in overrides.items() if k in _KEYS and v is not None}
         return cls.from_dict(data)
 
 

@@ -30,6 +30,7 @@ from torch.export import ExportedProgram
 from qat import targets
 from qat.deploy.files import write_synced
 from qat.deploy.integers import Integers
+from qat.deploy.weights import check_layers
 from qat.errors import OverflowBoundError, UnsupportedError
 from qat.kernels import ste, table
 from qat.modules.base import QuantizedModule
@@ -84,11 +85,8 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     if example_inputs is None:
         raise UnsupportedError("an ExecuTorch file holds a graph: give qat.export(..., example_inputs=one_batch)")
     modules = quantized_modules(deployed)
+    check_layers(deployed, aim)
     for name, module in modules.items():
-        if not isinstance(module, Composite):
-            quantizer = module.input_quantizer
-            targets.check(aim, name, module.plan.kind, module.plan.weight,
-                          module.plan.input if quantizer is None else quantizer.spec, module.plan.output)
         _check(name or "the model", module)
     program = exported(deployed, example_inputs)
     with _quiet():

@@ -27,9 +27,8 @@ from torch import nn
 from qat import targets
 from qat.deploy.card import model_card
 from qat.deploy.files import check_file, measured, new_files, new_folder, write_synced
-from qat.deploy.weights import weight_layers
+from qat.deploy.weights import check_layers, weight_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
-from qat.modules.composite import Composite
 from qat.rewriter import is_prepared, prepared_state, quantized_modules
 
 VERSION = 1
@@ -169,8 +168,8 @@ def check_target(model: nn.Module, target: str) -> None:
             models of transformers alone, and another model.
     """
     aim = targets.get(target)
-    modules = quantized_modules(model)
-    if not any(m.plan.weight or m.plan.input or m.plan.output or m.plan.parts for m in modules.values()):
+    plans = [m.plan for m in quantized_modules(model).values()]
+    if not any(p.weight or p.input or p.output or p.parts for p in plans):
         raise UnsupportedError(f"nothing of {type(model).__name__} is quantized: {aim.name} runs "
                                f"{', '.join(aim.operators) or 'its layers'} on integers, and it has none of these that "
                                "the recipe matches")
@@ -180,11 +179,7 @@ def check_target(model: nn.Module, target: str) -> None:
             raise UnsupportedError(f"{aim.name} runs models of transformers, and {type(model).__name__} is none: take "
                                    f"another target, such as {others}")
         weight_layers(model)
-    for name, module in modules.items():
-        if not isinstance(module, Composite):
-            given = module.plan.input if module.input_quantizer is None else module.input_quantizer.spec
-            targets.check(aim, name, module.plan.kind, module.plan.weight, given, module.plan.output,
-                          str(module.float_dtype).removeprefix("torch."))
+    check_layers(model, aim)
 
 
 # -------------------------------------------------------------------------------------------------- manifests

@@ -42,10 +42,10 @@ from qat import targets
 from qat.deploy.files import write_synced
 from qat.deploy.onnx_lowering import Lowering, scope_of
 from qat.deploy.onnx_rules import check_explicit_quantization
+from qat.deploy.weights import check_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
 from qat.kernels import ste, table, weight_only
 from qat.modules.base import QuantizedModule
-from qat.modules.composite import Composite
 from qat.modules.functional import QuantizedAdd
 from qat.modules.linear import QuantizedEmbedding
 from qat.numerics import affine
@@ -87,9 +87,7 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     if example_inputs is None:
         raise UnsupportedError("ONNX holds a graph: give qat.export(..., example_inputs=one_batch)")
     modules = quantized_modules(deployed)
-    for name, module in modules.items():
-        if not isinstance(module, Composite):
-            targets.check(aim, name, module.plan.kind, module.plan.weight, _input_of(module), module.plan.output)
+    check_layers(deployed, aim)
     program = _traced(deployed, example_inputs, dynamic_batch, aim.symmetric_activations is not True)
     model = program.model
     Lowering(model, modules, aim, form).run()
@@ -107,11 +105,6 @@ def write(deployed: nn.Module, path: Path, example_inputs: Any = None, target: s
     if len(data) > LARGEST_FILE:
         raise CheckpointError(f"{path}: an ONNX file holds at most 2 GiB, and this model has {len(data):,} bytes")
     write_synced(path, data)
-
-
-def _input_of(module: QuantizedModule) -> TensorSpec | None:
-    """The spec of what a module multiplies: what its own quantizer makes, or what its rule says of codes that come."""
-    return module.plan.input if module.input_quantizer is None else module.input_quantizer.spec
 
 
 # ------------------------------------------------------------------------------- the graph, arithmetic left opaque

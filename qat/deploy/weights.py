@@ -1,4 +1,4 @@
-"""The weights of a deployed model, for formats of files that know linear layers and embeddings and nothing else."""
+"""The layers of a deployed model as files see them: held against a target; or linear layers and embeddings alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from qat import targets
 from qat.errors import UnsupportedError
 from qat.modules.base import QuantizedModule
+from qat.modules.composite import Composite
 from qat.rewriter import prepared_state, quantized_modules
 
 T = TypeVar("T")
+
+
+def check_layers(model: nn.Module, aim: targets.Target) -> None:
+    """Hold every quantized layer of a prepared or deployed model against a target.
+
+    Raises:
+        UnsupportedError: one that the target cannot run, by name.
+    """
+    for name, module in quantized_modules(model).items():
+        if not isinstance(module, Composite):
+            given = module.plan.input if module.input_quantizer is None else module.input_quantizer.spec
+            targets.check(aim, name, module.plan.kind, module.plan.weight, given, module.plan.output,
+                          str(module.float_dtype).removeprefix("torch."))
 
 
 def weight_layers(deployed: nn.Module) -> dict[str, QuantizedModule]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -248,39 +247,6 @@ class Sums:
         return y if self.addend is None else y.add_(self.addend)
 
 
-def requantized(sums: Sums, scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> Tensor:
-    """The codes of a product's result on a grid with one scale, see :func:`qat.numerics.affine.requantize`."""
-    return affine.requantize(sums.values, sums.step / scale, None if sums.addend is None else sums.addend / scale,
-                             zero_point, grid.spec, *_ends(scale, zero_point, grid))
-
-
-def requantized_sum(a: QuantizedTensor, b: QuantizedTensor, scale: Tensor, zero_point: Tensor | int | None,
-                    grid: Grid) -> Tensor:
-    """The codes of ``a + b`` on a grid with one scale, see :func:`qat.numerics.affine.requantize_sum`."""
-    lo, hi = (int(end) for end in _ends(scale, zero_point, grid))
-    return affine.requantize_sum([(t.codes, t.scale / scale, int(t.zero_point or 0), t.spec) for t in (a, b)],
-                                 int(zero_point or 0), grid.spec, lo, hi)
-
-
-def adds_codes(a: QuantizedTensor, b: QuantizedTensor, out: TensorSpec) -> bool:
-    """Whether runtimes have a kernel for such a sum: one scale each, all 8 bits, or all of one narrower type."""
-    kinds = {torch.uint8 if s.format == "int8" else s.fmt.dtype for s in (a.spec, b.spec, out)}
-    return len(kinds) == 1 and all(t.spec.fmt.grid == "affine" and not t.scale.dim() for t in (a, b))
-
-
-def _ends(scale: Tensor, zero_point: Tensor | int | None, grid: Grid) -> list[Any]:
-    """The least and the greatest code that an absorbed activation function leaves: numbers, or tensors."""
-    spec, fmt = grid.spec, grid.spec.fmt
-    ends: list[Any] = [fmt.lo, fmt.hi]
-    for i, end in enumerate((grid.floor, grid.ceiling)):
-        if end is None or (i == 0 and not fmt.signed):      # an absorbed ReLU's zero is the lowest unsigned code
-            continue
-        ends[i] = affine.quantize(torch.tensor(end, device=scale.device), scale, zero_point, spec)
-    if any(isinstance(end, Tensor) for end in ends):
-        return [torch.as_tensor(end, dtype=torch.float32, device=scale.device) for end in ends]
-    return ends
-
-
 @dataclass
 class Product:
     """One integer product: operands, and how the result is rescaled.
@@ -294,7 +260,7 @@ class Product:
         backward_dtype: the type in which the matrix products of the backward run.
         whole_bias: add the bias to the accumulator, as whole steps; the gradient goes straight through the rounding.
         whole: what :meth:`split` returned for this bias, where it does not change.
-        requantizes: keep the accumulators in ``kept``, for :func:`requantized`.
+        requantizes: keep the accumulators in ``kept``, for :mod:`qat.kernels.requantize`.
     """
 
     x: QuantizedTensor
@@ -341,7 +307,7 @@ class Product:
         return (rows.amax(1) == point) & (rows.amin(1) == point)
 
     def sums(self, bias: Tensor | None) -> Sums:
-        """The accumulators with the bias in them, for :func:`requantized`."""
+        """The accumulators with the bias in them, for :mod:`qat.kernels.requantize`."""
         steps, outside = (None, None) if bias is None else self.split(bias)
         step = self.step()
         one = torch.ones((), device=step.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import CalibrationError, ConvertError, UnsupportedError
-from qat.kernels import ste
+from qat.kernels import requantize, ste
 from qat.kernels.contract import Weight
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
@@ -497,12 +497,12 @@ class QuantizedModule(nn.Module):
         if isinstance(quantizer, FrozenQuantizer) and not torch.is_grad_enabled():
             sums = call.sums(None if bias is None else bias.float())
             scale, zero_point = quantizer.present()
-            return QuantizedTensor(ste.requantized(sums, scale, zero_point, quantizer.grid()), scale, zero_point,
+            return QuantizedTensor(requantize.product(sums, scale, zero_point, quantizer.grid()), scale, zero_point,
                                    quantizer.spec, None, dtype)
         call.requantizes = True
         made = quantizer.quantize(ste.product(call, bias, dtype))
         assert call.kept is not None
-        return replace(made, codes=ste.requantized(call.kept, made.scale, made.zero_point, quantizer.grid()))
+        return replace(made, codes=requantize.product(call.kept, made.scale, made.zero_point, quantizer.grid()))
 
     def result_dtype(self, x: QuantizedTensor) -> torch.dtype:
         device = x.codes.device.type

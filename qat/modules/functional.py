@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels import ste
+from qat.kernels import requantize, ste
 from qat.modules.base import LayerPlan, QuantizedModule, adopt, register
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, make_quantizer
@@ -76,13 +76,13 @@ class QuantizedAdd(QuantizedFunction, Add):
     def sum_of_codes(self, a: QuantizedTensor, b: QuantizedTensor) -> Tensor | QuantizedTensor:
         quantizer = self.output_quantizer
         assert quantizer is not None
-        if not ste.adds_codes(a, b, quantizer.spec):
+        if not requantize.adds_codes(a, b, quantizer.spec):
             return a.dequantize() + b.dequantize()
         if isinstance(quantizer, FrozenQuantizer) and not torch.is_grad_enabled():
             made = QuantizedTensor(a.codes, *quantizer.present(), quantizer.spec, None, a.dtype)
         else:
             made = quantizer.quantize(a.dequantize() + b.dequantize())
-        return replace(made, codes=ste.requantized_sum(a, b, made.scale, made.zero_point, quantizer.grid()))
+        return replace(made, codes=requantize.addition(a, b, made.scale, made.zero_point, quantizer.grid()))
 
 
 @register

@@ -33,7 +33,7 @@ from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, check_keys, run_config, stored_config
 from qat.pipeline.evaluation import load_model
 from qat.pipeline.host import keep_freed_memory
-from qat.pipeline.run import Run
+from qat.pipeline.run import Run, quiet_exporters
 from qat.pipeline.storage import claim, write_text
 from qat.reporting import compare, read_csv, read_devices, read_sweep, render_memory, render_runtimes
 from qat.training.build import allow_targets, build, plain
@@ -194,8 +194,6 @@ def _contents_of_run(folder: Path, numbers: dict[str, Any]) -> Contents:
 
 def _runtimes(config: DictConfig, folder: Path, console: Console) -> None:
     """The deployed model of a run, or of a folder, in other runtimes; the table is stored in the run folder."""
-    for name in ("onnx_ir", "onnxscript", "torch.onnx"):        # each of their passes says what it did
-        logging.getLogger(name).setLevel(logging.ERROR)
     given = plain({"runtimes": config.runtimes})["runtimes"]
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -207,7 +205,8 @@ def _runtimes(config: DictConfig, folder: Path, console: Console) -> None:
     else:
         run, deployed = _deployed(config, folder, console)
         kept = folder.resolve().parent if (folder.resolve().parent / "results.csv").exists() else None
-    table = run.compare_runtimes(deployed, names, None if kept is None else kept / "runtimes")
+    with quiet_exporters():
+        table = run.compare_runtimes(deployed, names, None if kept is None else kept / "runtimes")
     console.print(render_runtimes(table))
     if kept is not None:
         write_text(kept / "runtimes.json", json.dumps(table.to_dict(), indent=1))

@@ -82,13 +82,14 @@ from qat.training.pruning import PruningSchedule
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Without what exporters of torch and ONNX log of their own progress, and warn of one another."""
     levels = {name: logging.getLogger(name).level for name in ("onnxscript", "onnx_ir", "torch.onnx", "gguf")}
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
+            # torch 2.13's exporter makes what torch 2.13 deprecates; a user can do nothing about it
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             yield
     finally:
@@ -367,7 +368,7 @@ class Run:
         for name in self.config["export"]:
             suffix, folder = FORMATS[name].suffix, self.folder / "exported" / name
             try:
-                with _quiet():
+                with quiet_exporters():
                     made = export(deployed, folder if suffix is None else folder / f"model{suffix}", name, example,
                                   own_target(name, self.target), metrics=self._measured(), **self._source(name))
                 found[name] = f"{sum(made.files.values()):,} bytes"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import qat
@@ -19,6 +18,7 @@ from qat.modules.functional import Add, Concat, MatMul
 from qat.recipe import Recipe, Rule
 from qat.rewriter import quantized_modules
 from qat.training.models import MLP, ResidualNet
+from tests.deploy.digits import images, trained
 
 pytest.importorskip("executorch")
 
@@ -73,25 +73,14 @@ class Sum(nn.Module):
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    return torch.from_numpy(data.images).float().unsqueeze(1) / 16, torch.from_numpy(data.target)
-
-
-def train(model: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
-    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
-    for step in range(60):
-        batch = torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:128]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-    return model.eval()
+    return images()
 
 
 @pytest.mark.parametrize("kind", ["mlp", "residual"])
 def test_codes_and_predictions_of_a_trained_network(kind: str, digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     x, y = digits
     torch.manual_seed(0)
-    model = train(MLP(64, (50, 33)) if kind == "mlp" else ResidualNet(), x, y)
+    model = trained(MLP(64, (50, 33)) if kind == "mlp" else ResidualNet(), x, y)
     deployed = deploy(model, x[:256])
     theirs, ours = run(deployed, tmp_path / "m.pte", x)
     assert (ours.argmax(-1) == y).float().mean() > 0.9

@@ -21,7 +21,6 @@ from qat.deploy.card import LOADING
 from qat.deploy.export import FORMATS, MANIFEST, Exported, _digest, export, own_target, verify
 from qat.errors import CheckpointError, UnsupportedError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 WEIGHTS = {"rules": [{"match": {"type": kind}, "weight": {"format": "int8", "granularity": "per_group",
                                                           "group_size": 32, "scale_dtype": "float16"}}
                      for kind in ("Linear", "Embedding")]}

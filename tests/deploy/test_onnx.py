@@ -13,17 +13,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import qat
 from qat import targets
 from qat.errors import OverflowBoundError, UnsupportedError
-from qat.kernels import ste
+from qat.kernels import requantize, ste
 from qat.modules.composite import Composite
 from qat.rewriter import quantized_modules
 from qat.training.models import MLP, RecurrentClassifier, ResidualNet
 from tests import zoo
+from tests.deploy.digits import images, trained
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -87,22 +87,13 @@ def values_in(path: Path, layer: str, shape: tuple[int, ...]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    return torch.from_numpy(data.images).float().unsqueeze(1) / 16, torch.from_numpy(data.target)
+    return images()
 
 
 @pytest.fixture(scope="module")
-def trained(digits: tuple[Tensor, Tensor]) -> nn.Module:
-    x, y = digits
+def network(digits: tuple[Tensor, Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    model = ResidualNet().train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for step in range(60):
-        batch = torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:128]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-    return model.eval()
+    return trained(ResidualNet(), *digits)
 
 
 def codes_of(deployed: nn.Module, x: Tensor) -> list[Tensor]:
@@ -119,18 +110,18 @@ def codes_of(deployed: nn.Module, x: Tensor) -> list[Tensor]:
         return made
 
     with mock.patch.object(ste, "quantize", watched(ste.quantize)), torch.no_grad(), \
-            mock.patch.object(ste, "requantized", watched(ste.requantized)), \
-            mock.patch.object(ste, "requantized_sum", watched(ste.requantized_sum)):
+            mock.patch.object(requantize, "product", watched(requantize.product)), \
+            mock.patch.object(requantize, "addition", watched(requantize.addition)):
         deployed(x)
     return [s.int() + 128 * (s.dtype == torch.int8) for s in seen]      # the file holds them as uint8
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "onnxruntime"])
-def test_codes_and_predictions_of_a_trained_network(trained: nn.Module, digits: tuple[Tensor, Tensor], recipe: str,
+def test_codes_and_predictions_of_a_trained_network(network: nn.Module, digits: tuple[Tensor, Tensor], recipe: str,
                                                     tmp_path: Path) -> None:
     x, y = digits
     chosen = recipe if recipe == "w8a8" else targets.default_recipe(recipe)
-    deployed = deploy(copy.deepcopy(trained), chosen, x[:256])
+    deployed = deploy(copy.deepcopy(network), chosen, x[:256])
     path = tmp_path / "m.onnx"
     with torch.no_grad():
         expected = deployed(x)
@@ -319,10 +310,10 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 21)]
 
 
-def test_tensorrt_files_follow_the_rules_of_explicit_quantization(trained: nn.Module, digits: Any,
+def test_tensorrt_files_follow_the_rules_of_explicit_quantization(network: nn.Module, digits: Any,
                                                                   tmp_path: Path) -> None:
     x = digits[0][:64]
-    deployed = deploy(copy.deepcopy(trained), targets.default_recipe("tensorrt"), x)
+    deployed = deploy(copy.deepcopy(network), targets.default_recipe("tensorrt"), x)
     made, _ = written(deployed, tmp_path / "m.onnx", x, target="tensorrt")
     model = onnx.load(tmp_path / "m.onnx")
     assert broken_rules(model) == []
@@ -331,7 +322,7 @@ def test_tensorrt_files_follow_the_rules_of_explicit_quantization(trained: nn.Mo
         expected = deployed(x)
     np.testing.assert_allclose(outputs(made, x)[0], expected.numpy(), atol=0.01 * float(expected.abs().max()))
     with pytest.raises(UnsupportedError, match="tensorrt"):
-        qat.export(deploy(copy.deepcopy(trained), "w8a8", x), tmp_path / "no.onnx", format="onnx", example_inputs=x,
+        qat.export(deploy(copy.deepcopy(network), "w8a8", x), tmp_path / "no.onnx", format="onnx", example_inputs=x,
                    target="tensorrt")
     assert not (tmp_path / "no.onnx").exists()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import qat
 from qat import targets
 from qat.errors import RecipeError
-from qat.kernels import ste
+from qat.kernels import requantize, ste
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import QuantizedTensor
@@ -219,8 +219,8 @@ def test_sums_of_codes_are_those_of_onnxruntime(seed: int) -> None:
         shifts = [128 * (f == "uint8") for f in formats]
         a, b = (QuantizedTensor(torch.from_numpy(c + k).to(s.fmt.dtype), torch.tensor(v), int(p) + k, s)
                 for c, v, p, s, k in zip(codes, scales, points, specs, shifts))
-        assert ste.adds_codes(a, b, specs[2])
-        ours = ste.requantized_sum(a, b, torch.tensor(scales[2]), int(points[2]) + shifts[2], ste.Grid(specs[2]))
+        assert requantize.adds_codes(a, b, specs[2])
+        ours = requantize.addition(a, b, torch.tensor(scales[2]), int(points[2]) + shifts[2], ste.Grid(specs[2]))
         np.testing.assert_array_equal(ours.numpy().astype(int) + 128 - shifts[2], theirs)
 
 
