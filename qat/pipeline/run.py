@@ -165,6 +165,7 @@ class Run:
         self.fast = bool(options.get("fast_dev_run"))
         self.float_budget = self._budget(1.0)
         self.extra_budget = self._budget(self.schedule["epochs"])
+        self.parts = self._parts(self.schedule.get("batch_size"))
         cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
 
@@ -185,6 +186,22 @@ class Run:
         if not budget:
             raise ConfigError("How long is the training? Set trainer.max_epochs or trainer.max_steps to at least 1.")
         return budget
+
+    def _parts(self, batch_size: Any) -> float:
+        """How many batches of the quantized training hold as much data as one of the data's own.
+
+        Raises:
+            ConfigError: a size that is none, or data that has no ``batch_size`` to change.
+        """
+        if batch_size is None:
+            return 1.0
+        own = getattr(self.data, "batch_size", None)
+        if not isinstance(own, int):
+            raise ConfigError(f"schedule.batch_size: {type(self.data).__name__} has no batch_size to change; leave it "
+                              "null.")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ConfigError(f"schedule.batch_size must be a whole number of at least 1, not {batch_size!r}.")
+        return own / batch_size
 
     def execute(self) -> Results:
         """Run what is not finished yet; returns the table.
@@ -328,7 +345,21 @@ class Run:
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
         pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
-        return self._fit("qat", module, self.extra_budget, *phases(self.schedule), *pruning)
+        with self._batches_in_parts():
+            return self._fit("qat", module, self.extra_budget, *phases(self.schedule), *pruning, parts=self.parts)
+
+    @contextlib.contextmanager
+    def _batches_in_parts(self) -> Iterator[None]:
+        """The data in batches of ``schedule.batch_size``."""
+        data: Any = self.data
+        own = getattr(data, "batch_size", None)
+        if self.parts != 1.0:
+            data.batch_size = self.schedule["batch_size"]
+        try:
+            yield
+        finally:
+            if self.parts != 1.0:
+                data.batch_size = own
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load(self.prepared).to(self.device)
@@ -492,10 +523,16 @@ class Run:
         )
 
     def _fit(
-        self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback
+        self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback,
+        parts: float = 1.0
     ) -> dict[str, Any]:
-        """Train, continuing from the stage's last checkpoint if there is one, and save the weights."""
+        """Train, continuing from the stage's last checkpoint if there is one, and save the weights.
+
+        ``parts``: as many batches hold the data of one that ``budget`` and the options of the trainer speak of.
+        """
         folder, config = self.folder / stage, self.config
+        if "max_steps" in budget:
+            budget = {**budget, "max_steps": max(1, round(budget["max_steps"] * parts))}
         options = dict(
             config["trainer"], max_epochs=budget.get("max_epochs"), max_steps=budget.get("max_steps", -1),
             strategy=self.strategy,
@@ -503,7 +540,7 @@ class Run:
         if isinstance(options.get("val_check_interval"), int) and "max_steps" in budget:
             # A stage that is shorter than the interval is validated at its end.
             batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
-            options["val_check_interval"] = min(options["val_check_interval"], batches)
+            options["val_check_interval"] = min(max(1, round(options["val_check_interval"] * parts)), batches)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )
