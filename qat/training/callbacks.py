@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed as dist
@@ -24,6 +24,7 @@ from qat.errors import ConfigError
 from qat.modules.normalization import QuantizedBatchNorm
 from qat.rewriter import prepared_state
 from qat.training.averaging import WeightAverage
+from qat.training.sharding import check_strategy
 
 
 class QuantizationSchedule(L.Callback):
@@ -73,12 +74,7 @@ class QuantizationSchedule(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ConfigError(
-                f"{type(strategy).__name__} cannot train a quantized network under QuantizationSchedule: it takes "
-                "parameters apart that quantizers read whole. Use strategy=ddp, or qat.training.shard in a loop of "
-                "your own."
-            )
+        check_strategy(strategy)
         if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
             strategy._layer_sync = SynchronizedBatchNorm()
 

@@ -99,10 +99,10 @@ def fit(folder: Path, recipe: Any, rank: int, world: int, lr: float = 5e-3, chec
     seen = EachEpoch()
     schedule = QuantizationSchedule(calibration_batches=3, freeze_ranges_at=0.7, reestimate_batches=2)
     trainer = L.Trainer(
-        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2,
+        accelerator="cpu", devices=world, max_epochs=2,
         logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         default_root_dir=folder, use_distributed_sampler=False, callbacks=[schedule, seen, *callbacks],
-        **{"enable_checkpointing": False} | options,
+        **{"enable_checkpointing": False, "strategy": "ddp" if world > 1 else "auto"} | options,
     )  # fmt: skip
     trainer.fit(module, loader(rank, world, batch_size=batch_size), loader(rank, world), ckpt_path=checkpoint,
                 weights_only=True)
