@@ -153,7 +153,7 @@ def gather(network: nn.Module) -> nn.Module:
         for key in list(module.__dict__):
             if key in NOTES or key.startswith(REGISTRY):
                 del module.__dict__[key]
-    _without_methods(copied)
+    without_methods(copied)
     return copied
 
 
@@ -163,7 +163,7 @@ def _of_sharding(hook: Any) -> bool:
     return hook is _let_go or str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def _without_methods(module: nn.Module) -> None:
+def without_methods(module: nn.Module) -> None:
     """Steps that were made to gather weights are those of the class again."""
     for name in STEPS:
         module.__dict__.pop(name, None)
@@ -196,9 +196,6 @@ def follow_strategy(module: L.LightningModule, network: nn.Module) -> None:
     adopt(_Clipping, trainer.precision_plugin)  # type: ignore[union-attr]
     if processes.is_sharded(network):
         return
-    if any(isinstance(p, DTensor) for p in module.parameters()):
-        raise ConfigError(f"{type(module).__name__} shards parameters in its configure_model already, which quantizers "
-                          "read whole; leave that out: ModelParallelStrategy is told of the quantized network anyway.")
     if network is module and not module.automatic_optimization:
         raise ConfigError(f"{type(module).__name__} is itself the network that is quantized, and its step would run "
                           "backward while its weights are gathered: name the part to quantize (network=), or use "
@@ -211,6 +208,11 @@ def follow_strategy(module: L.LightningModule, network: nn.Module) -> None:
     if network is module:
         for name in STEPS:
             register_fsdp_forward_method(module, name)
+
+
+def will_shard(module: L.LightningModule) -> bool:
+    """Whether the strategy of the module's trainer is one that shards."""
+    return module._trainer is not None and isinstance(module._trainer.strategy, ModelParallelStrategy)
 
 
 TENSOR_PARALLEL = ("A quantized network cannot be split by tensor parallelism: its quantizers need whole weights. Use "
@@ -331,6 +333,10 @@ class _Clipping(Precision):
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         clip_grad_norm(self.main_params(optimizer), clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        for parameter in self.main_params(optimizer):  # one by one: torch takes lists of one kind only
+            torch.nn.utils.clip_grad_value_(parameter, clip_val)
 
 
 def _optimized(optimizer: Optimizer) -> Iterator[nn.Parameter]:
