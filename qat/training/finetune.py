@@ -74,6 +74,9 @@ def quantize(
 ) -> Module:
     """``module``, a LightningModule, made quantization-aware in place; or, from a class, a class of such modules.
 
+    Under ``ModelParallelStrategy`` the network that is quantized is sharded behind the user's ``configure_model``,
+    which must not shard it itself; trainable parameters beside it stay whole on each process.
+
     Args:
         module: an instance (changed and returned) or a class (unchanged; a subclass is returned, whose instances are
             quantized and whose ``load_from_checkpoint`` works).

@@ -53,7 +53,8 @@ class QuantizedTraining(L.LightningModule):
 
     The modules are swapped in `configure_model`, from the recipe that is stored with the hyperparameters. So Lightning
     rebuilds the prepared network before it loads weights, in ``fit``, in ``test(ckpt_path=...)`` and in
-    ``load_from_checkpoint`` alike, and every checkpoint loads with ``weights_only=True``.
+    ``load_from_checkpoint`` alike, and every checkpoint loads with ``weights_only=True``. There, too, the network is
+    sharded, quantized or not, if the trainer's strategy is ``ModelParallelStrategy``.
 
     Args:
         network: a config with a ``_target_`` (stored in the checkpoint), or an ``nn.Module`` (not stored: pass it again
