@@ -21,7 +21,8 @@ from qat.quantizers.observers import Observer
 
 T = TypeVar("T")
 
-__all__ = ["agree", "copy_first", "is_sharded", "merge", "merge_batch_norm", "parts", "reduced", "several_processes", "whole"]
+__all__ = ["agree", "copy_first", "is_sharded", "merge", "merge_batch_norm", "parts", "reduced", "several_processes",
+           "whole"]
 
 
 def reduced(vector: Tensor, operation: Any) -> Tensor:

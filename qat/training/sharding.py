@@ -7,7 +7,7 @@ import copy
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
@@ -105,14 +105,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     The norm is that of the whole gradients, and equal on all processes, bit for bit.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    squares = [torch.zeros((), dtype=torch.float64)] * 2
-    for number, own in enumerate(([g.to_local() for g in sharded], [g for g in gradients if not isinstance(g, DTensor)])):
-        for gradient in own:
-            squares[number] = squares[number] + gradient.double().square().sum().cpu()
-    if sharded:
-        squares[0] = processes.reduced(squares[0].view(1), dist.ReduceOp.SUM)[0]
-    norm = (squares[0] + squares[1]).sqrt()
+    squares = torch.zeros(2, dtype=torch.float64)  # of what is sharded, of what is whole
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        squares[0 if isinstance(gradient, DTensor) else 1] += local.double().square().sum().cpu()
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        squares[:1] = processes.reduced(squares[:1], dist.ReduceOp.SUM)
+    norm = squares.sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()
     for gradient in gradients:
         (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
@@ -192,8 +191,9 @@ def follow_strategy(module: L.LightningModule, network: nn.Module) -> None:
         return
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ConfigError(TENSOR_PARALLEL)
-    adopt(_Sharding, strategy)
-    adopt(_Clipping, trainer.precision_plugin)  # type: ignore[union-attr]
+    mixed: Any = trainer.precision_plugin  # type: ignore[union-attr]
+    adopt(_Sharding, cast(Any, strategy))
+    adopt(_Clipping, mixed)
     if processes.is_sharded(network):
         return
     if network is module and not module.automatic_optimization:
@@ -274,8 +274,10 @@ class _Sharding(ModelParallelStrategy):
             name = key.removeprefix("state_dict.")
             if name != key and isinstance(kind, TensorStorageMetadata):
                 own = like.get(name)
-                alike = isinstance(own, DTensor) and own.shape == kind.size
-                stored[name] = torch.empty_like(own) if alike else torch.empty(kind.size, dtype=kind.properties.dtype)
+                if isinstance(own, DTensor) and own.shape == kind.size:
+                    stored[name] = torch.empty_like(own)
+                else:
+                    stored[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
         dcp.load({"state_dict": stored}, checkpoint_id=path)
         checkpoint["state_dict"], checkpoint["optimizer_states"] = stored, []
         for number, optimizer in enumerate(self.optimizers):

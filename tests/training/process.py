@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,7 +261,7 @@ def sharded(rank: int, folder: Path) -> Any:
             norms.append(float(clip_grad_norm(model.parameters(), 0.6)))
             optimizer.step()
         found[name] = {"state": state(gather(model)), "scales": scales(model), "kept": kept(model), "norms": norms,
-                       "refused": caught(lambda: qat.convert(model, batches()))}
+                       "refused": caught(partial(qat.convert, model, batches()))}
     return found
 
 

@@ -59,6 +59,13 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], but:
             assert torch.equal(one[name].nan_to_num(), two[name].nan_to_num()), name
 
 
+def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """But for the order of the sum in a norm of gradients."""
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
+
+
 SUMS = ("observer.high",)  # of mean magnitudes: float64 sums in another order, and equal float32 scales
 
 
@@ -224,10 +231,10 @@ def test_model_parallel_strategy_synchronizes_batch_norm(found) -> None:
 def test_model_parallel_strategy_resumes_to_the_same_bits(found) -> None:
     """From one file and from many, with accumulation, clipping and bfloat16; and DDP goes on where it stopped."""
     (ends, expected, by_ddp), (there, *_) = found["strategy_resumed"]
-    assert_same(expected, by_ddp)
+    assert_close(expected, by_ddp)
     for in_parts, count in (("False", 2), ("True", 1)):
         end, again = ends[in_parts]
-        assert_same(end, expected)
+        assert_close(end, expected)
         assert_same(end, there[in_parts][0])
         assert len(again) == count
         for resumed in again:
@@ -242,9 +249,9 @@ def test_checkpoints_of_model_parallel_strategy_load_in_one_process(found, folde
     merged = folder / "merged.ckpt"
     subprocess.run([sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(parts),
                     "--output_file", str(merged)], check=True, capture_output=True)
-    for path in (file, merged):
+    for path, kind in ((file, "False"), (merged, "True")):
         module = QuantizedTraining.load_from_checkpoint(path, network=process.network(), weights_only=True)
-        end = {key: value for key, value in found["strategy_resumed"][0][1].items() if ".norm." not in key}
+        end = {key: value for key, value in found["strategy_resumed"][0][0][kind][0].items() if ".norm." not in key}
         assert_same({key: module.state_dict()[key] for key in end}, end)  # batch norm is re-estimated behind the file
         _, certificate = deploy(module.eval(), process.loader(0, 1))
         assert certificate.equal
@@ -255,7 +262,7 @@ def test_model_parallel_strategy_trains_a_module_made_quantization_aware(found, 
     """A part of it, itself by its steps alone, and manual optimization: as DDP does, from the weights of process 0."""
     one, two = (ends[0][name] for ends in found["strategy_of_own_modules"])
     assert_same(one["end"], two["end"])
-    assert_same(one["end"], one["ddp"])
+    assert_close(one["end"], one["ddp"])
     assert_same(one["codes"], two["codes"])
     assert 0.3 < one["kept"] < 0.7
     assert one["equal"]
