@@ -107,14 +107,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = torch.zeros(2, dtype=torch.float64)  # of what is sharded, of what is whole
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        squares[0 if isinstance(gradient, DTensor) else 1] += local.double().square().sum().cpu()
+        squares[0 if isinstance(gradient, DTensor) else 1] += local(gradient).double().square().sum().cpu()
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         squares[:1] = processes.reduced(squares[:1], dist.ReduceOp.SUM)
     norm = squares.sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()
     for gradient in gradients:
-        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+        local(gradient).mul_(factor)
     return norm
 
 
@@ -353,6 +352,24 @@ def placed(value: Any, like: Any) -> Any:
             value.shape == like.shape):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return value
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in its memory; any other tensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def part_of(value: Tensor, like: Any) -> Tensor:
+    """This process's part of a whole tensor that is to be sharded as ``like`` is."""
+    return local(placed(value, like))
+
+
+def gathered(part: Tensor, like: Any) -> Tensor:
+    """A copy of the whole tensor of which each process has a part, as it has of ``like``; all processes call this."""
+    if not isinstance(like, DTensor):
+        return part.clone()
+    return cast(Tensor, _whole(DTensor.from_local(part, like.device_mesh, like.placements, run_check=False,
+                                                  shape=like.shape, stride=like.stride())))
 
 
 def _whole(value: Any) -> Any:
