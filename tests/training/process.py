@@ -24,9 +24,13 @@ from torch.distributed.tensor import DTensor
 
 import qat
 from qat.training import (
+    Ladder,
+    Oscillations,
+    PruningSchedule,
     QuantizationSchedule,
     QuantizedTraining,
     ResumableLoader,
+    WeightAverage,
     clip_grad_norm,
     deploy,
     gather,
@@ -107,9 +111,10 @@ class EachEpoch(L.Callback):
 
 
 def fit(folder: Path, recipe: Any, rank: int, world: int, lr: float = 5e-3, checkpoint: Path | None = None,
-        callbacks: tuple[Any, ...] = (), batch_size: int = 4, **options: Any) -> tuple[QuantizedTraining, EachEpoch]:
+        callbacks: tuple[Any, ...] = (), batch_size: int = 4, prune: Any = None,
+        **options: Any) -> tuple[QuantizedTraining, EachEpoch]:
     torch.manual_seed(0)
-    module = QuantizedTraining(network(), recipe, torch.zeros(1, 1, 4, 4),
+    module = QuantizedTraining(network(), recipe, torch.zeros(1, 1, 4, 4), prune=prune,
                                optimizer={"_target_": "torch.optim.AdamW", "lr": lr, "weight_decay": 0.0})
     seen = EachEpoch()
     schedule = QuantizationSchedule(calibration_batches=3, freeze_ranges_at=0.7, reestimate_batches=2)
@@ -328,6 +333,34 @@ def strategy_resumed(rank: int, folder: Path) -> Any:
     return found, state(expected), state(by_ddp)
 
 
+def strategy_with_callbacks(rank: int, folder: Path) -> Any:
+    """Callbacks that read and write whole weights, each with a killed run: what they do is what they do under DDP."""
+    movement = {"method": "movement", "sparsity": 0.5, "end": 0.6, "every_n_steps": 2, "scope": "layer"}
+
+    def following() -> dict[str, tuple[Any, ...]]:
+        return {
+            "average": (WeightAverage(0.9), Oscillations(dampening=0.5, freeze_above=0.02, momentum=0.3)),
+            "ladder": (Ladder([{"until": 0.3, "weight": 8, "input": 8}], batches=2),),
+            "pruning": (PruningSchedule(movement),),
+        }
+
+    found = {}
+    recipe = qat.Recipe.preset("w4a4").to_dict()
+    for name in following():
+        options = {"prune": movement if name == "pruning" else None, "lr": 2e-2}
+        saving = ModelCheckpoint(folder / name, "{step}", save_top_k=-1, every_n_train_steps=5)
+        module, _ = fit(folder, recipe, rank, WORLD, callbacks=(*following()[name], saving), enable_checkpointing=True,
+                        strategy=by_strategy(name == "average"), **options)
+        other, _ = fit(folder, recipe, rank, WORLD, callbacks=following()[name], **options)
+        saving = ModelCheckpoint(folder / f"{name}_again")
+        again, _ = fit(folder, recipe, rank, WORLD, callbacks=(*following()[name], saving), enable_checkpointing=True,
+                       strategy=by_strategy(), checkpoint=folder / name / "step=5.ckpt", **options)
+        _, certificate = deploy(module, loader(rank, WORLD))
+        found[name] = {"end": state(module), "ddp": state(other), "again": state(again), "equal": certificate.equal,
+                       "sparsity": certificate.total_sparsity}
+    return found
+
+
 class Own(L.LightningModule):
     """Somebody's module: a network, and a head and a scalar beside it that are not quantized with it."""
 
@@ -415,7 +448,8 @@ def strategy_refused(rank: int, folder: Path) -> Any:
 
 
 SCENARIOS = (dealt_out, one_is_empty, errors, ignored, batch_norm, training, ranges_in_training, resumed, synchronized,
-             uneven, sharded, strategy, strategy_resumed, strategy_of_own_modules, strategy_refused)
+             uneven, sharded, strategy, strategy_resumed, strategy_with_callbacks,
+             strategy_of_own_modules, strategy_refused)
 
 
 if __name__ == "__main__":

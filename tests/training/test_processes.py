@@ -257,6 +257,19 @@ def test_checkpoints_of_model_parallel_strategy_load_in_one_process(found, folde
         assert certificate.equal
 
 
+@pytest.mark.parametrize("name", ["average", "ladder", "pruning"])
+def test_callbacks_that_need_whole_weights_do_with_parts_what_they_do_under_ddp(found, name) -> None:
+    """An average of weights, oscillations dampened and frozen, a ladder, learned masks; and each resumes."""
+    one, two = (ends[name] for ends in found["strategy_with_callbacks"])
+    assert_same(one["end"], two["end"])
+    assert_same(one["end"], one["ddp"])
+    assert_same(one["end"], one["again"])
+    plain = found["strategy_resumed"][0][1]
+    assert not torch.equal(one["end"]["network.middle.weight"], plain["network.middle.weight"])
+    assert one["equal"]
+    assert (one["sparsity"] >= 0.5) == (name == "pruning")
+
+
 @pytest.mark.parametrize("name", ["Own.body", "Own.", "Alternating.body"])
 def test_model_parallel_strategy_trains_a_module_made_quantization_aware(found, name) -> None:
     """A part of it, itself by its steps alone, and manual optimization: as DDP does, from the weights of process 0."""
