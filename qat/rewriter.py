@@ -54,6 +54,19 @@ def is_prepared(model: nn.Module) -> bool:
     return "_qat" in model.__dict__
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose parameters are shared out among processes.
+
+    Raises:
+        PrepareError: a part of it is a unit of FSDP2.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "unshard"):
+            raise PrepareError(f"{name or 'the model'} is sharded already (FSDP2), but prepare reads whole weights: "
+                               "prepare first, then qat.training.shard; under Lightning leave fully_shard out of "
+                               "configure_model, ModelParallelStrategy shards the prepared network")
+
+
 def prepared_state(model: nn.Module) -> Prepared:
     """What ``prepare`` left on the model; :class:`PrepareError` if it is a float model."""
     if not is_prepared(model):
@@ -90,6 +103,7 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     for name, module in model.named_modules():
         if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
             raise PrepareError(f"{name or 'the model'} is lazy and has no weights yet: run it once before prepare")
+    check_whole(model)
     if not inplace:
         try:
             model = copy.deepcopy(model)

@@ -21,15 +21,30 @@ from qat.quantizers.observers import Observer
 
 T = TypeVar("T")
 
-__all__ = ["agree", "merge", "merge_batch_norm", "reduced", "several_processes", "whole"]
+__all__ = ["agree", "copy_first", "is_sharded", "merge", "merge_batch_norm", "parts", "reduced", "several_processes",
+           "whole"]
 
 
 def reduced(vector: Tensor, operation: Any) -> Tensor:
     """A vector reduced over all processes; the same bits on each of them, on the device of ``vector``."""
-    nccl = "nccl" in dist.get_backend()
-    travelling = vector.detach().to(torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu", copy=True)
+    travelling = _travelling(vector)
     dist.all_reduce(travelling, operation)
     return travelling.to(vector.device)
+
+
+@torch.no_grad()
+def copy_first(tensors: Iterable[Tensor]) -> None:
+    """Give these tensors, in the same order on all processes, the values that they have in process 0."""
+    for tensor in tensors:
+        travelling = _travelling(tensor.contiguous())
+        dist.broadcast(travelling, src=0)
+        tensor.copy_(travelling)
+
+
+def _travelling(tensor: Tensor) -> Tensor:
+    """A copy of a tensor where the processes can exchange it."""
+    nccl = "nccl" in dist.get_backend()
+    return tensor.detach().to(torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu", copy=True)
 
 
 def merge(observers: Sequence[Observer], as_batches_of_their_own: bool = False) -> None:
@@ -91,16 +106,48 @@ def agree(count: int, failure: Exception | None, findings: T) -> tuple[int, T]:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """The parameters of a fully sharded model (FSDP2) are whole inside the block; any other model is so anyway."""
-    part: Any = model
-    sharded = hasattr(part, "unshard")
-    if sharded:
-        part.unshard()
+    """The parameters of a fully sharded model (FSDP2) are whole inside the block; any other model is so anyway.
+
+    All processes gather them here, once: inside the block each may call the model as often as it has batches. They are
+    copies, and what is written to them is lost.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    _hold(model, 1)
     try:
         yield
     finally:
-        if sharded:
-            part.reshard()
+        _hold(model, -1)
+
+
+@contextmanager
+def parts(model: nn.Module) -> Iterator[None]:
+    """Inside the block each process has its own parts of the parameters again, which may be written; in `whole` too."""
+    held = model.__dict__.get("_qat_whole", 0)
+    if held:
+        _hold(model, -held)
+    try:
+        yield
+    finally:
+        if held:
+            _hold(model, held)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``model`` is a unit of FSDP2, so that each process keeps a part of its parameters."""
+    return hasattr(model, "unshard")
+
+
+def _hold(model: Any, change: int) -> None:
+    """Gather the parameters when the first block asks for it, and let go of them behind the last one."""
+    before = model.__dict__.get("_qat_whole", 0)
+    model.__dict__["_qat_whole"] = before + change
+    if not before:
+        with torch.inference_mode(False):  # what is gathered now may be used for training later
+            model.unshard()
+    elif not before + change:
+        model.reshard()
 
 
 def _together(parts: Iterable[Tensor], operation: Any) -> list[Tensor]:

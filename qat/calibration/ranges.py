@@ -52,7 +52,7 @@ def find_ranges(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool
     count, failure = 0, None
     try:
         try:
-            with calibrating(model), evaluating(model), torch.no_grad():
+            with processes.whole(model), calibrating(model), evaluating(model), torch.no_grad():
                 for index, batch in enumerate(batches):
                     with _seeing_functions(model, state):
                         if _observe(model, batch, index, ignore_nonfinite, quantizers):
@@ -194,7 +194,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], merge: bool 
     before = [(m, m.momentum, {k: v.clone() for k, v in m.state_dict().items()}) for m in norms]
     count, failure = 0, None
     try:
-        with evaluating(model), torch.no_grad():
+        with processes.whole(model), evaluating(model), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum, norm.training = None, True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.calibration import processes
 from qat.calibration.ranges import activation_quantizers, find_ranges
 from qat.errors import ConvertError
 from qat.quantizers.quantizer import Quantizer, StaticQuantizer
@@ -45,7 +46,8 @@ def set_rung(model: nn.Module, batches: Iterable[Any] | None = None, weight: int
     try:
         changed: list[Quantizer] = [q for q, bits in quantizers.values() if q.work_at(bits, batches is not None)]
         if batches is not None:
-            _find_ranges(model, batches, changed)
+            with processes.whole(model):
+                _find_ranges(model, batches, changed)
     except BaseException:
         for q, spec, values in before:
             q.spec = spec

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.calibration import processes
 from qat.errors import PruneError, UnsupportedError, nearest
 from qat.modules.base import QuantizedModule
 from qat.quantizers.quantizer import Quantizer
@@ -169,9 +170,10 @@ def attach(model: nn.Module, pruning: Pruning) -> dict[str, QuantizedModule]:
         PruneError: a layer on a grid without zero (named); nothing to prune; a pattern in ``exclude`` without match.
     """
     layers, dense = _choose(model, pruning)
+    with processes.whole(model):
+        weights = {name: _weight(name, module) for name, module in layers.items()}
     for name, module in layers.items():
-        quantizer = _quantizer(module)
-        weight = _weight(name, module)
+        quantizer, weight = _quantizer(module), weights[name]
         if quantizer.mask is None:
             quantizer.mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         if pruning.method == "movement" and quantizer.scores is None:
@@ -189,7 +191,7 @@ def set_sparsity(model: nn.Module, pruning: Pruning, share: float) -> None:
     N:M patterns reach ``share`` by completing that part of their blocks whose lost weights are the smallest.
     """
     layers = {n: m for n, m in _choose(model, pruning)[0].items() if _quantizer(m).mask is not None}
-    with torch.no_grad():
+    with processes.whole(model), torch.no_grad():
         ranks = _ranks(layers)
         if pruning.method in BLOCKS:
             keep, block = BLOCKS[pruning.method]

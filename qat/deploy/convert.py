@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.calibration import processes
 from qat.compression.adapters import merge_adapters
 from qat.compression.pruning import sparsity
 from qat.errors import ConvertError, NotCalibratedError, ParityError
@@ -82,6 +83,9 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
         raise ConvertError("this model is deployed already")
+    if processes.is_sharded(model):
+        raise ConvertError("each process has a part of this model's weights only: convert qat.training.gather(model), "
+                           "made on all processes, or use qat.training.deploy(module, batches)")
     missing = [q.name for m in modules.values() for q in m.activation_quantizers().values()
                if not q.calibrated and not _ready(q)]
     if missing:

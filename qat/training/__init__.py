@@ -10,7 +10,7 @@ from qat.training.module import QuantizedTraining, WarmupCosine
 from qat.training.oscillation import Oscillations
 from qat.training.pretrained import TokenDataModule, causal_lm
 from qat.training.pruning import PruningSchedule
-from qat.training.sharding import shard
+from qat.training.sharding import clip_grad_norm, gather, shard
 from qat.training.text import LineDataModule, TextDataModule
 from qat.training.tokens import BitsPerByte, TokenCrossEntropy
 
@@ -35,7 +35,9 @@ __all__ = [
     "allow_targets",
     "build",
     "causal_lm",
+    "clip_grad_norm",
     "deploy",
+    "gather",
     "quantize",
     "shard",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -9,7 +11,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from qat.calibration import processes
 from qat.errors import CheckpointError, ConfigError
+from qat.training.sharding import gathered, local, part_of, placed
 
 
 def check_decay(decay: Any) -> float:
@@ -49,7 +53,8 @@ class WeightAverage(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._average:
-            self._average = {name: value.detach().float().clone() for name, value in _averaged(pl_module).items()}
+            with _averaged(pl_module) as values:
+                self._average = {name: value.float().clone() for name, value in values.items()}
             self.steps = trainer.global_step
 
     def on_train_batch_end(
@@ -58,13 +63,13 @@ class WeightAverage(L.Callback):
         if trainer.global_step == self.steps:  # gradients are still being accumulated
             return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        with torch.no_grad():
-            for name, value in _averaged(pl_module).items():
+        with _averaged(pl_module) as values:
+            for name, value in values.items():
                 average = self._average[name]
                 if bool(torch.isfinite(average).all()):  # a learned scale may get its start in the first step
-                    average.lerp_(value.detach().float(), 1 - decay)
+                    average.lerp_(value.float(), 1 - decay)
                 else:
-                    average.copy_(value.detach())
+                    average.copy_(value)
         self.steps = trainer.global_step
 
     # -- in the place of the weights ---------------------------------------------------------------------------------
@@ -72,14 +77,15 @@ class WeightAverage(L.Callback):
     def apply(self, pl_module: L.LightningModule) -> None:
         """Put the average in the place of the weights, until `restore`; does nothing the second time."""
         if self._average and self._trained is None:
-            values = _averaged(pl_module)
-            self._trained = {name: value.detach().clone() for name, value in values.items()}
-            _write(values, self._average)
+            with _averaged(pl_module) as values:
+                self._trained = {name: value.clone() for name, value in values.items()}
+                _write(values, self._average)
 
     def restore(self, pl_module: L.LightningModule) -> None:
         """The weights that are being trained, again."""
         if self._trained is not None:
-            _write(_averaged(pl_module), self._trained)
+            with _averaged(pl_module) as values:
+                _write(values, self._trained)
             self._trained = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -102,16 +108,18 @@ class WeightAverage(L.Callback):
     ) -> None:
         if not self._average:
             return
-        stored = checkpoint["state_dict"]
-        trained = self._trained or {name: stored[name] for name in self._average}
-        checkpoint["weight_average"] = {
-            "steps": self.steps,
-            "average": {name: value.clone() for name, value in self._average.items()},
-            "trained": {name: value.detach().clone() for name, value in trained.items()},
-        }
+        with _averaged(pl_module) as values:
+            named = dict(pl_module.named_parameters())
+            trained = self._trained or values
+            average = {name: gathered(value, named.get(name)) for name, value in self._average.items()}
+            checkpoint["weight_average"] = {
+                "steps": self.steps,
+                "average": average,
+                "trained": {name: gathered(trained[name], named.get(name)) for name in average},
+            }
         checkpoint["state_dict"] = {
-            name: self._average[name].to(value.dtype) if name in self._average else value
-            for name, value in stored.items()
+            name: placed(average[name].to(value.dtype), value) if name in average else value
+            for name, value in checkpoint["state_dict"].items()
         }
 
     def on_load_checkpoint(
@@ -120,30 +128,39 @@ class WeightAverage(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return  # its state dict is the average already
         kept = checkpoint.get("weight_average")
-        values = _averaged(pl_module)
-        if kept is None or kept["average"].keys() != values.keys():
-            why = "was trained without one" if kept is None else "holds one of other parameters"
-            raise CheckpointError(f"The weight average cannot go on: the checkpoint {why}. Leave WeightAverage out, or "
-                                  "start anew.")
-        self.steps, self._trained = kept["steps"], None
-        self._average = {name: kept["average"][name].to(value.device) for name, value in values.items()}
-        _write(values, kept["trained"])
+        with _averaged(pl_module) as values:
+            if kept is None or kept["average"].keys() != values.keys():
+                why = "was trained without one" if kept is None else "holds one of other parameters"
+                raise CheckpointError(f"The weight average cannot go on: the checkpoint {why}. Leave WeightAverage "
+                                      "out, or start anew.")
+            self.steps, self._trained = kept["steps"], None
+            named = dict(pl_module.named_parameters())
+            average, trained = ({name: part_of(kept[kind][name].to(value.device), named.get(name))
+                                 for name, value in values.items()} for kind in ("average", "trained"))
+            self._average = average
+            _write(values, trained)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._average, self._trained, self.steps = {}, None, 0
 
 
-def _averaged(module: nn.Module) -> dict[str, Tensor]:
-    """What is averaged, by name: trainable parameters, and the running statistics of norms."""
-    found: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for name, part in module.named_modules():
-        if getattr(part, "running_mean", None) is not None:
-            found |= {f"{name}.{kind}": getattr(part, kind) for kind in ("running_mean", "running_var")}
-    return found
+@contextmanager
+def _averaged(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What is averaged, by name, to be read and written: trainable parameters, and the running statistics of norms.
+
+    Of sharded parameters it is this process's own part.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        for unit in filter(processes.is_sharded, list(module.modules())):
+            stack.enter_context(processes.parts(unit))
+        found = {name: local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+        for name, part in module.named_modules():
+            if getattr(part, "running_mean", None) is not None:
+                found |= {f"{name}.{kind}": getattr(part, kind) for kind in ("running_mean", "running_var")}
+        yield found
 
 
-@torch.no_grad()
 def _write(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, target in into.items():
         target.copy_(values[name])

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed as dist
@@ -24,6 +24,7 @@ from qat.errors import ConfigError
 from qat.modules.normalization import QuantizedBatchNorm
 from qat.rewriter import prepared_state
 from qat.training.averaging import WeightAverage
+from qat.training.sharding import check_strategy
 
 
 class QuantizationSchedule(L.Callback):
@@ -34,8 +35,16 @@ class QuantizationSchedule(L.Callback):
 
     It works with `QuantizedTraining`, and with any LightningModule that `quantize` made quantization-aware.
 
-    With several processes (DDP) ranges and batch-norm statistics are merged after each step, so that all processes have
-    the same scales at every step, bit for bit, and fold the same gains. ``Trainer(sync_batchnorm=True)`` works too.
+    With several processes ranges and batch-norm statistics are merged after each step, so that all processes have the
+    same scales at every step, bit for bit, and fold the same gains. ``Trainer(sync_batchnorm=True)`` works too.
+
+    The strategy is ``"ddp"`` or, where master weights, gradients and the optimizer's state are to be shared out,
+    ``ModelParallelStrategy(data_parallel_size=<all devices>, tensor_parallel_size=1)`` (FSDP2): the prepared network is
+    sharded as one unit (:func:`~qat.training.shard`), and one trains with it what one trains with DDP. Checkpoints
+    that it saves with ``save_distributed_checkpoint=False`` are those of one process: ``load_from_checkpoint`` takes
+    them, and so does any other strategy to go on. Those of many files: ``python -m
+    lightning.fabric.utilities.consolidate_checkpoint <folder>`` makes one file of each. After training,
+    :func:`~qat.training.deploy` on all processes gathers the weights.
 
     Args:
         calibration_batches: batches of training data that set the static ranges before the first step (and before the
@@ -73,14 +82,14 @@ class QuantizationSchedule(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ConfigError(
-                f"{type(strategy).__name__} cannot train a quantized network under QuantizationSchedule: it takes "
-                "parameters apart that quantizers read whole. Use strategy=ddp, or qat.training.shard in a loop of "
-                "your own."
-            )
+        check_strategy(strategy)
         if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
             strategy._layer_sync = SynchronizedBatchNorm()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layer_sync = _unapplied(trainer)
+        if layer_sync is not None:
+            layer_sync.apply(pl_module)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # The first validation comes before the first training step, and needs ranges too.
@@ -148,6 +157,9 @@ class QuantizationSchedule(L.Callback):
     on_train_end = _pause
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layer_sync = _unapplied(trainer)
+        if layer_sync is not None:
+            layer_sync.revert(pl_module)
         # After fit and not after training: a run resumed from its very last checkpoint has no step left to do.
         if self.reestimate_batches:
             for average in (c for c in trainer.callbacks if isinstance(c, WeightAverage)):  # type: ignore[attr-defined]
@@ -174,6 +186,13 @@ class SynchronizedBatchNorm(LayerSync):
             if isinstance(module, QuantizedBatchNorm):
                 module.synchronized = on
         return model
+
+
+def _unapplied(trainer: L.Trainer) -> SynchronizedBatchNorm | None:
+    """The plugin of ``sync_batchnorm=True`` where Lightning leaves it alone, which is under ModelParallelStrategy."""
+    found = getattr(trainer.strategy, "_layer_sync", None)
+    sharding = isinstance(trainer.strategy, ModelParallelStrategy)
+    return found if sharding and isinstance(found, SynchronizedBatchNorm) else None
 
 
 def _check_batch_counts(trainer: L.Trainer) -> None:

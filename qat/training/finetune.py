@@ -31,15 +31,17 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 import qat
+from qat.calibration import processes
 from qat.deploy import Certificate
 from qat.errors import CheckpointError, ConfigError, PrepareError, nearest
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.quantizers.quantizer import Quantizer
-from qat.rewriter import decisions, prepare_as
+from qat.rewriter import check_whole, decisions, prepare_as
 from qat.tracing import evaluating, run, trace_symbolically
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.module import QuantizedTraining
 from qat.training.optimizers import give_scales_their_groups
+from qat.training.sharding import follow_strategy, gather, will_shard, without_methods
 
 KEY = "qat"
 """Where a Lightning checkpoint holds what was decided."""
@@ -71,6 +73,9 @@ def quantize(
     schedule: QuantizationSchedule | None = None,
 ) -> Module:
     """``module``, a LightningModule, made quantization-aware in place; or, from a class, a class of such modules.
+
+    Under ``ModelParallelStrategy`` the network that is quantized is sharded behind the user's ``configure_model``,
+    which must not shard it itself; trainable parameters beside it stay whole on each process.
 
     Args:
         module: an instance (changed and returned) or a class (unchanged; a subclass is returned, whose instances are
@@ -160,17 +165,22 @@ class QuantizationAware(L.LightningModule):
     # ---------------------------------------------------------------------------------- swapping, and checkpoints
 
     def configure_model(self) -> None:
-        """The user's own ``configure_model``; then the modules are swapped, if there is a recipe; once."""
+        """The user's own ``configure_model``; then, once, the modules are swapped, if there is a recipe, and sharded,
+        if the strategy is ModelParallelStrategy."""
         super().configure_model()
         options = self._qat_options()
         network = self.quantized_network
-        if options.recipe is None or qat.is_prepared(network):
-            return
-        self.__dict__["_qat_before"] = _shape_of(network)
-        if options.adapters is not None:
-            qat.add_adapters(network, **options.adapters, inplace=True)
-        with _example(self, network) as example:
-            qat.prepare(network, options.recipe, example, inplace=True)
+        if options.recipe is None and will_shard(self):
+            raise ConfigError("ModelParallelStrategy shards the network before a checkpoint can say how it is "
+                              "quantized: give quantize the recipe of the checkpoint.")
+        if options.recipe is not None and not qat.is_prepared(network):
+            check_whole(network)
+            self.__dict__["_qat_before"] = _shape_of(network)
+            if options.adapters is not None:
+                qat.add_adapters(network, **options.adapters, inplace=True)
+            with _example(self, network) as example:
+                qat.prepare(network, options.recipe, example, inplace=True)
+        follow_strategy(self, network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -212,6 +222,9 @@ class QuantizationAware(L.LightningModule):
             if decisions(network)["plan"] == stored.get("plan"):
                 prepare_as(network, stored)
                 return
+            if processes.is_sharded(network):
+                raise ConfigError("This checkpoint is of a network whose structure was found in another way, and this "
+                                  "one is sharded already: give quantize the same example_inputs as then.")
             # The same recipe, but the structure was found in another way: back to the float modules, and again.
             network = self._qat_back()
         self.__dict__["_qat_network"] = wanted["network"]
@@ -284,7 +297,8 @@ class QuantizationAware(L.LightningModule):
         if find is not None:
             yield [find(batch) for batch in batches]
             return
-        found = [inputs for batch in batches for inputs in _handed_over(self, network, batch)]
+        with processes.whole(network):
+            found = [inputs for batch in batches for inputs in _handed_over(self, network, batch)]
         if found or not batches:
             yield found
         elif network is self:
@@ -302,6 +316,9 @@ class QuantizationAware(L.LightningModule):
 def deploy(module: L.LightningModule, batches: Iterable[Any], inplace: bool = False) -> tuple[nn.Module, Certificate]:
     """`qat.convert` for a trained module: its network, deployed, and the certificate.
 
+    A network that ``ModelParallelStrategy`` has sharded is gathered first: call this on all processes then, and each
+    gets the deployed network.
+
     Args:
         module: from `quantize`, trained; or a `QuantizedTraining`.
         batches: as its data loaders give them. A module without ``forward`` is compared in what its step returns and
@@ -309,15 +326,45 @@ def deploy(module: L.LightningModule, batches: Iterable[Any], inplace: bool = Fa
         inplace: freeze the module's own network.
 
     Raises:
-        ConfigError: the module is not quantized.
+        ConfigError: the module is not quantized; ``inplace`` for a sharded network that is the module itself.
     """
     if not isinstance(module, QuantizationAware | QuantizedTraining):
         raise ConfigError(f"{type(module).__name__} is not quantization-aware; say quantize(module, recipe) first.")
-    moved = [module.transfer_batch_to_device(batch, module.device, 0) for batch in batches]
-    with module.feeding(moved) as inputs:
-        deployed, certificate = qat.convert(cast(nn.Module, module.quantized_network), inputs, inplace=inplace)
+    with _gathered(module, inplace) as whole:
+        moved = [whole.transfer_batch_to_device(batch, whole.device, 0) for batch in batches]
+        with whole.feeding(moved) as inputs:
+            deployed, certificate = qat.convert(whole.quantized_network, inputs, inplace=inplace)
     deployed.__dict__.pop("forward", None)
     return deployed, certificate
+
+
+@contextmanager
+def _gathered(module: Any, keep: bool) -> Iterator[Any]:
+    """The module, with a whole network in the place of a sharded one: inside the block, or to keep."""
+    network = module.quantized_network
+    if network is None or not processes.is_sharded(network):
+        yield module
+    elif network is module:
+        if keep:
+            raise ConfigError(f"{type(module).__name__} is sharded as one and cannot be frozen in place: leave out "
+                              "inplace.")
+        copied: Any = gather(module)
+        copied.__dict__["_trainer"] = module._trainer
+        yield copied
+        copied.__dict__["_trainer"] = None
+    else:
+        whole = gather(network)
+        _exchange(module, network, whole)
+        try:
+            yield module
+        finally:
+            if not keep:
+                _exchange(module, whole, network)
+
+
+def _exchange(module: nn.Module, part: nn.Module, other: nn.Module) -> None:
+    for parent in list(module.modules()):
+        parent._modules.update({name: other for name, child in parent._modules.items() if child is part})
 
 
 # ---------------------------------------------------------------------------------------------- finding the network
@@ -449,6 +496,8 @@ def _double(module: QuantizationAware) -> Any:
     for key, value in module.__dict__.items():
         double.__dict__[key] = copy.copy(value) if type(value) in (list, dict, set, deque) else value
     double.__dict__.pop("forward", None)
+    if processes.is_sharded(module):  # the steps that gather weights are bound to the module
+        without_methods(double)
     double.__dict__["_qat_logged"] = {}
     double._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
     for name, child in module._modules.items():

@@ -20,6 +20,7 @@ from qat.errors import ConfigError
 from qat.tracing import uncompiled
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
+from qat.training.sharding import follow_strategy
 
 CROSS_ENTROPY = {"_target_": "torch.nn.CrossEntropyLoss"}
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
@@ -52,7 +53,8 @@ class QuantizedTraining(L.LightningModule):
 
     The modules are swapped in `configure_model`, from the recipe that is stored with the hyperparameters. So Lightning
     rebuilds the prepared network before it loads weights, in ``fit``, in ``test(ckpt_path=...)`` and in
-    ``load_from_checkpoint`` alike, and every checkpoint loads with ``weights_only=True``.
+    ``load_from_checkpoint`` alike, and every checkpoint loads with ``weights_only=True``. There, too, the network is
+    sharded, quantized or not, if the trainer's strategy is ``ModelParallelStrategy``.
 
     Args:
         network: a config with a ``_target_`` (stored in the checkpoint), or an ``nn.Module`` (not stored: pass it again
@@ -131,9 +133,13 @@ class QuantizedTraining(L.LightningModule):
         self._configured = False
 
     def configure_model(self) -> None:
-        """Build the network and swap its modules; does nothing the second time (fit and test both call it)."""
-        if self._configured:
-            return
+        """Build the network and swap its modules, and shard it if the strategy is ModelParallelStrategy; once."""
+        if not self._configured:
+            self._build()
+            self._configured = True
+        follow_strategy(self, cast(nn.Module, self.network))
+
+    def _build(self) -> None:
         network = self.network if self.network is not None else build(self.hparams["network"], "network")
         if not isinstance(network, nn.Module):
             raise ConfigError(f"network builds a {type(network).__name__}, not an nn.Module.")
@@ -160,7 +166,6 @@ class QuantizedTraining(L.LightningModule):
         if self.hparams["compile"] is not None:
             network.compile(**self.hparams["compile"])
         self.network = network
-        self._configured = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Without a teacher, the projections of a distillation have no place and no use."""

@@ -14,11 +14,13 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
+from qat.calibration import processes
 from qat.errors import ConfigError
 from qat.modules.base import QuantizedModule
 from qat.numerics.tensor import QuantizedTensor
 from qat.rewriter import quantized_modules
 from qat.training.callbacks import prepared_network
+from qat.training.sharding import placed
 
 
 class Oscillations(L.Callback):
@@ -86,17 +88,22 @@ class Oscillations(L.Callback):
         strength = self.dampening * (1 - self._remaining(trainer.global_step))
         if not strength:
             return
+        network = prepared_network(pl_module)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        for _, module in _trained(prepared_network(pl_module)):
-            leaves = [p for p in module.parameters() if id(p) in trained]
-            if not leaves:
-                continue
-            with torch.enable_grad():
-                weight = module.weight_matrix()
-            pull = (2 * strength * _distance(weight.detach(), _codes(module))).to(weight.dtype)
-            for leaf, gradient in zip(leaves, torch.autograd.grad(weight, leaves, pull, allow_unused=True)):
-                if gradient is not None and leaf.grad is not None:
-                    leaf.grad.add_(gradient)
+        own = {name: p for name, p in network.named_parameters() if id(p) in trained}
+        with processes.whole(network):  # a sharded parameter is another object in there
+            optimized = {id(p): own[name] for name, p in network.named_parameters() if name in own}
+            for _, module in _trained(network):
+                leaves = [p for p in module.parameters() if id(p) in optimized]
+                if not leaves:
+                    continue
+                with torch.enable_grad():
+                    weight = module.weight_matrix()
+                pull = (2 * strength * _distance(weight.detach(), _codes(module))).to(weight.dtype)
+                for leaf, gradient in zip(leaves, torch.autograd.grad(weight, leaves, pull, allow_unused=True)):
+                    total = optimized[id(leaf)].grad
+                    if gradient is not None and total is not None:
+                        total.add_(placed(gradient, total))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,16 +112,23 @@ class Oscillations(L.Callback):
             return  # gradients are still being accumulated
         self._seen_step = trainer.global_step
         threshold = self.freeze_above * (1 + 3 * self._remaining(trainer.global_step))
-        for name, module in _trained(prepared_network(pl_module)):
-            self._follow(name, module, threshold)
+        network = prepared_network(pl_module)
+        weights = {name: module._parameters.get("weight") for name, module in quantized_modules(network).items()}
+        with processes.whole(network):
+            held = {name: self._follow(name, module, threshold) for name, module in _trained(network)}
+        for name, value in held.items():
+            weight = weights[name]
+            if value is not None and weight is not None:
+                weight.detach().copy_(placed(value, weight))
 
     def _remaining(self, step: int) -> float:
         """From 1 at the beginning to 0 at the end of the run, along a cosine."""
         return 0.5 * (1 + math.cos(math.pi * min(step / max(self.total_steps, 1), 1.0)))
 
     @torch.no_grad()
-    def _follow(self, name: str, module: QuantizedModule, threshold: float) -> None:
-        """Count the jumps of one weight's codes, freeze what oscillates, and put back what is frozen."""
+    def _follow(self, name: str, module: QuantizedModule, threshold: float) -> Tensor | None:
+        """Count the jumps of one weight's codes and freeze what oscillates; returns the weight with frozen values put
+        back, None where nothing can be frozen yet."""
         weight = _codes(module)
         codes, fmt = weight.codes, weight.spec.fmt
         state = self.history.get(name)
@@ -124,7 +138,7 @@ class Oscillations(L.Callback):
                 "direction": torch.zeros_like(codes, dtype=torch.int8), "frequency": torch.zeros_like(codes.float()),
                 "frozen": torch.zeros_like(codes, dtype=torch.bool),
             }  # fmt: skip
-            return
+            return None
         state |= {key: value.to(codes.device) for key, value in state.items() if isinstance(value, Tensor)}
         frozen = state["frozen"]
         jump = (codes.short() - state["codes"].short()).sign().to(torch.int8)
@@ -141,7 +155,7 @@ class Oscillations(L.Callback):
         state["frozen"] = frozen | new
         held = QuantizedTensor(state["codes"], weight.scale, weight.zero_point, weight.spec).dequantize(torch.float32)
         matrix = module.weight_matrix()
-        module.weight.copy_(module.weight_from_matrix(torch.where(state["frozen"], held.to(matrix.dtype), matrix)))
+        return module.weight_from_matrix(torch.where(state["frozen"], held.to(matrix.dtype), matrix))
 
 
 def _trained(network: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:

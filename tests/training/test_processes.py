@@ -16,13 +16,17 @@ from torch import nn
 
 import qat
 from qat.errors import ConfigError
-from qat.training import shard
+from qat.training import QuantizedTraining, deploy, shard
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[Any]]:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, list[Any]]:
     """What each process found, by scenario."""
-    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -53,6 +57,13 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], but:
     for name in one:
         if not name.endswith(but or "\0"):
             assert torch.equal(one[name].nan_to_num(), two[name].nan_to_num()), name
+
+
+def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """But for the order of the sum in a norm of gradients."""
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
 
 
 SUMS = ("observer.high",)  # of mean magnitudes: float64 sums in another order, and equal float32 scales
@@ -160,25 +171,130 @@ def test_what_would_wait_for_ever_or_drift_apart_is_refused_on_all(found) -> Non
 
 @pytest.mark.parametrize("name", ["w8a8", "learned"])
 def test_fully_sharded_training_is_that_of_one_process(found, name) -> None:
-    (one, refused), (two, _) = found["sharded"]
-    assert refused.startswith("ConfigError: ModelParallelStrategy cannot train a quantized network")
-    assert_same(one[name]["scales"], two[name]["scales"])
-    assert 0.3 < one[name]["kept"] < 0.7
+    one, two = (ends[name] for ends in found["sharded"])
+    assert_same(one["scales"], two["scales"])
+    assert_same(one["state"], two["state"])
+    assert one["norms"] == two["norms"]
+    assert 0.3 < one["kept"] < 0.7
+    assert one["refused"].startswith("ConvertError: each process has a part of this model's weights only")
     model = qat.calibrate(process.prepared("w8a8" if name == "w8a8" else process.recipes()["learned"]),
                           process.batches()).train()
     qat.freeze_batch_norm(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    norms = []
     for x in process.batches(3):
         optimizer.zero_grad()
         (sum(model(part).square().mean() for part in x.chunk(2)) / 2).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.6)))
         optimizer.step()
-    whole = one[name]["state"]
+    assert min(norms) < 0.6 < max(norms), "the clipping is to be seen at work and at rest"
+    torch.testing.assert_close(one["norms"], norms, rtol=1e-4, atol=0)
+    whole = one["state"]
     for key, value in process.state(model).items():
         torch.testing.assert_close(whole[key], value, rtol=1e-4, atol=1e-5, msg=key)
     fresh = process.prepared("w8a8" if name == "w8a8" else process.recipes()["learned"])
     fresh.load_state_dict(whole)
     _, certificate = qat.convert(fresh.eval(), process.batches())
     assert certificate.equal
+
+
+@pytest.mark.parametrize("name", ["w8a8", "learned"])
+def test_model_parallel_strategy_trains_what_ddp_trains(found, name) -> None:
+    """With half of the weights on each process; scales are equal on both at every step, bit for bit."""
+    one, two = (ends[0][name] for ends in found["strategy"])
+    assert len(one["scales"]) == len(one["losses"]) == 12
+    for here, there in zip([*one["scales"], *one["epochs"], one["end"]], [*two["scales"], *two["epochs"], two["end"]],
+                           strict=True):
+        assert_same(here, there)
+    moved = [key for key in one["scales"][0] if not torch.equal(one["scales"][0][key], one["scales"][-1][key])]
+    assert any(key.startswith("conv.input_quantizer") for key in moved), "no range has moved"
+    for mine, theirs in zip(one["kept"], two["kept"], strict=True):
+        assert 0.3 < mine < 0.7
+        assert mine + theirs == pytest.approx(1.0)
+    assert one["after"] == one["kept"][0]
+    assert one["losses"] != two["losses"], "both processes saw the same data"
+    assert sum(one["losses"][6:]) < sum(one["losses"][:6])
+    assert_same(one["end"], one["ddp"])
+    assert_same(one["codes"], two["codes"])
+    assert one["equal"], "prepared and deployed differ"
+    assert two["equal"]
+
+
+def test_model_parallel_strategy_synchronizes_batch_norm(found) -> None:
+    (ends, synchronized, ddp), (_, there, _) = found["strategy"]
+    assert_same(synchronized, there)
+    assert_same(synchronized, ddp)
+    own = ends["w8a8"]["end"]["network.norm.running_var"]
+    assert not torch.equal(synchronized["network.norm.running_var"], own)
+
+
+def test_model_parallel_strategy_resumes_to_the_same_bits(found) -> None:
+    """From one file and from many, with accumulation, clipping and bfloat16; and DDP goes on where it stopped."""
+    (ends, expected, by_ddp), (there, *_) = found["strategy_resumed"]
+    assert_close(expected, by_ddp)
+    for in_parts, count in (("False", 2), ("True", 1)):
+        end, again = ends[in_parts]
+        assert_close(end, expected)
+        assert_same(end, there[in_parts][0])
+        assert len(again) == count
+        for resumed in again:
+            assert_same(end, resumed)
+
+
+def test_checkpoints_of_model_parallel_strategy_load_in_one_process(found, folder) -> None:
+    """The file as it is, the folder when Lightning has made one file of it; and the network deploys."""
+    file, parts = folder / "strategy_False" / "step=6.ckpt", folder / "strategy_True" / "step=6.ckpt"
+    assert file.is_file()
+    assert parts.is_dir()
+    merged = folder / "merged.ckpt"
+    subprocess.run([sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(parts),
+                    "--output_file", str(merged)], check=True, capture_output=True)
+    for path, kind in ((file, "False"), (merged, "True")):
+        module = QuantizedTraining.load_from_checkpoint(path, network=process.network(), weights_only=True)
+        end = {key: value for key, value in found["strategy_resumed"][0][0][kind][0].items() if ".norm." not in key}
+        assert_same({key: module.state_dict()[key] for key in end}, end)  # batch norm is re-estimated behind the file
+        _, certificate = deploy(module.eval(), process.loader(0, 1))
+        assert certificate.equal
+
+
+@pytest.mark.parametrize("name", ["average", "ladder", "pruning"])
+def test_callbacks_that_need_whole_weights_do_with_parts_what_they_do_under_ddp(found, name) -> None:
+    """An average of weights, oscillations dampened and frozen, a ladder, learned masks; and each resumes."""
+    one, two = (ends[name] for ends in found["strategy_with_callbacks"])
+    assert_same(one["end"], two["end"])
+    assert_same(one["end"], one["ddp"])
+    assert_same(one["end"], one["again"])
+    plain = found["strategy_resumed"][0][1]
+    assert not torch.equal(one["end"]["network.middle.weight"], plain["network.middle.weight"])
+    assert one["equal"]
+    assert (one["sparsity"] >= 0.5) == (name == "pruning")
+
+
+@pytest.mark.parametrize("name", ["Own.body", "Own.", "Alternating.body"])
+def test_model_parallel_strategy_trains_a_module_made_quantization_aware(found, name) -> None:
+    """A part of it, itself by its steps alone, and manual optimization: as DDP does, from the weights of process 0."""
+    one, two = (ends[0][name] for ends in found["strategy_of_own_modules"])
+    assert_same(one["end"], two["end"])
+    assert_close(one["end"], one["ddp"])
+    assert_same(one["codes"], two["codes"])
+    assert 0.3 < one["kept"] < 0.7
+    assert one["equal"]
+
+
+def test_model_parallel_strategy_resumes_an_optimizer_without_state(found) -> None:
+    ends, again = found["strategy_of_own_modules"][0]
+    assert_same(ends["Own.body"]["end"], again)
+
+
+def test_what_cannot_be_sharded_is_refused_on_all(found) -> None:
+    for said in found["strategy_refused"]:
+        assert said["flat"].startswith("ConfigError: FSDPStrategy cannot train a quantized network")
+        assert "Use ModelParallelStrategy(" in said["flat"]
+        assert said["tensor"].startswith("ConfigError: A quantized network cannot be split by tensor parallelism")
+        assert "tensor_parallel_size=1" in said["tensor"]
+        assert said["itself"].startswith("PrepareError: the model is sharded already")
+        assert said["manual"].startswith("ConfigError: QuantizedAlternating is itself the network")
+        assert said["no recipe"].startswith("ConfigError: ModelParallelStrategy shards the network before")
 
 
 def test_sharding_needs_several_processes() -> None:
