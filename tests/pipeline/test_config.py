@@ -72,6 +72,16 @@ def test_binary_weights_of_the_language_model_learn_faster_than_those_of_its_con
     assert config["schedule"]["epochs"] == plain["schedule"]["epochs"]
 
 
+def test_few_bits_learn_in_smaller_batches_than_their_control():
+    """The control has the data's own batches and its own best rate, whatever the experiment does for few bits."""
+    plain = run_config(composed("experiment=lm_taught", "recipe=w2a8"))
+    for name in ("lm_two_bits", "lm_one_bit"):
+        config = run_config(composed(f"experiment={name}", "recipe=w2a8"))
+        assert config["schedule"]["batch_size"] < config["data"]["batch_size"] == plain["data"]["batch_size"]
+        assert config["schedule"]["control_learning_rate"] == plain["schedule"]["learning_rate"]
+    assert plain["schedule"]["batch_size"] is None
+
+
 def test_every_preset_has_a_recipe_config():
     presets = set()
     for path in (CONF / "recipe").glob("*.yaml"):
