@@ -185,8 +185,8 @@ def follow_strategy(module: L.LightningModule, network: nn.Module) -> None:
     check_strategy(strategy)
     if not isinstance(strategy, ModelParallelStrategy):
         if trainer is not None and processes.is_sharded(network):
-            raise ConfigError(f"The weights of {type(network).__name__} were sharded by ModelParallelStrategy, and "
-                              f"{type(strategy).__name__} cannot use them: load a checkpoint into a fresh module.")
+            raise ConfigError(f"The network of this module was sharded by ModelParallelStrategy, and "
+                              f"{type(strategy).__name__} cannot use it: load a checkpoint into a fresh module.")
         return
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ConfigError(TENSOR_PARALLEL)

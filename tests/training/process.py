@@ -267,6 +267,10 @@ def sharded(rank: int, folder: Path) -> Any:
             optimizer.step()
         found[name] = {"state": state(gather(model)), "scales": scales(model), "kept": kept(model), "norms": norms,
                        "refused": caught(partial(qat.convert, model, batches()))}
+    model = prepared("w8a8")
+    model.norm.double()
+    shard(model)
+    found["other"] = [n for n, p in model.named_parameters() if not isinstance(p, DTensor) and "quantizer" not in n]
     return found
 
 
@@ -399,6 +403,22 @@ class Alternating(Own):
         return loss
 
 
+class Rows(torch.optim.SGD):
+    """Keeps something about the rows of a weight."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and parameter.ndim == 2:
+                self.state[parameter]["rows"] = parameter.grad.abs().amax(1)
+        return loss
+
+
+class ByRows(Own):
+    def configure_optimizers(self) -> Any:
+        return Rows(self.parameters(), lr=0.05)
+
+
 class ShardsItself(Own):
     def configure_model(self) -> None:
         fully_shard(self.body)
@@ -413,12 +433,15 @@ def fit_own(kind: Any, rank: int, folder: Path, strategy: Any = None, recipe: An
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         use_distributed_sampler=False, **{"enable_checkpointing": False} | options,
     )  # fmt: skip
-    trainer.fit(module, loader(rank, WORLD), loader(rank, WORLD), ckpt_path=checkpoint)
+    trainer.fit(module, loader(rank, WORLD), loader(rank, WORLD, count=24 * (1 + rank)), ckpt_path=checkpoint)
     return module
 
 
 def strategy_of_own_modules(rank: int, folder: Path) -> Any:
-    """A part of a module, the module itself by its steps alone, and manual optimization; resumed without any state."""
+    """A part of a module, the module itself by its steps alone, and manual optimization; resumed without any state.
+
+    One process has more batches to validate with than the other.
+    """
     found = {}
     for kind, network in ((Own, "body"), (Own, ""), (Alternating, "body")):
         module = fit_own(kind, rank, folder, network=network)
@@ -436,6 +459,8 @@ def strategy_of_own_modules(rank: int, folder: Path) -> Any:
 
 
 def strategy_refused(rank: int, folder: Path) -> Any:
+    by_ddp = L.Trainer(accelerator="cpu", devices=WORLD, strategy="ddp", max_epochs=1, logger=False,
+                       default_root_dir=folder, enable_checkpointing=False)
     trainer: Any = SimpleNamespace(strategy=FSDPStrategy())  # L.Trainer takes it with GPUs only
     recipe = qat.Recipe.preset("w8a8").to_dict()
     return {
@@ -444,6 +469,8 @@ def strategy_refused(rank: int, folder: Path) -> Any:
         "itself": caught(lambda: fit_own(ShardsItself, rank, folder)),
         "manual": caught(lambda: fit_own(Alternating, rank, folder, network="")),
         "no recipe": caught(lambda: fit_own(Own, rank, folder, recipe=None)),
+        "rows": caught(lambda: fit_own(ByRows, rank, folder, enable_checkpointing=True)),
+        "ddp afterwards": caught(lambda: by_ddp.validate(fit_own(Own, rank, folder), loader(rank, WORLD))),
     }
 
 

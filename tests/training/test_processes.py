@@ -176,6 +176,7 @@ def test_fully_sharded_training_is_that_of_one_process(found, name) -> None:
     assert_same(one["state"], two["state"])
     assert one["norms"] == two["norms"]
     assert 0.3 < one["kept"] < 0.7
+    assert found["sharded"][0]["other"] == ["norm.weight", "norm.bias"], "float64 beside float32"
     assert one["refused"].startswith("ConvertError: each process has a part of this model's weights only")
     model = qat.calibrate(process.prepared("w8a8" if name == "w8a8" else process.recipes()["learned"]),
                           process.batches()).train()
@@ -295,6 +296,9 @@ def test_what_cannot_be_sharded_is_refused_on_all(found) -> None:
         assert said["itself"].startswith("PrepareError: the model is sharded already")
         assert said["manual"].startswith("ConfigError: QuantizedAlternating is itself the network")
         assert said["no recipe"].startswith("ConfigError: ModelParallelStrategy shards the network before")
+        assert "keeps 'rows' in another shape" in said["rows"]
+        assert "save_distributed_checkpoint=True" in said["rows"]
+        assert said["ddp afterwards"].startswith("ConfigError: The network of this module was sharded by")
 
 
 def test_sharding_needs_several_processes() -> None:
