@@ -27,8 +27,9 @@ from yaml import YAMLError
 
 import qat
 from qat.deploy.checkpoint import MANIFEST
+from qat.deploy.configurations import NAMED_BY_USER
 from qat.deploy.memory import Contents, MemoryPlan, Workload, plan_memory
-from qat.deploy.shapes import NAMED_BY_USER, from_module, read_contents
+from qat.deploy.shapes import from_module, read_contents
 from qat.errors import ConfigError, QuantizationError, nearest
 from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, check_keys, run_config, stored_config
 from qat.pipeline.evaluation import load_model

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 import qat
 from qat.compression.distillation import Distillation
 from qat.deploy.checkpoint import MANIFEST
+from qat.deploy.configurations import NAMED_BY_USER
 from qat.deploy.export import load_format
-from qat.deploy.shapes import NAMED_BY_USER
 from qat.errors import ConfigError, nearest
 from qat.pipeline.evaluation import MODELS
 from qat.training.averaging import check_decay

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qat
-from qat.deploy import shapes
+from qat.deploy.configurations import text_section
 from qat.deploy.memory import Workload, plan_memory
 from qat.deploy.shapes import from_count, from_module, read_contents, weights_of
 from qat.errors import ConfigError
@@ -445,4 +445,4 @@ def test_without_transformers_a_configuration_is_estimated(tmp_path, monkeypatch
     contents = read_contents(written(tmp_path, LLAMA))
     assert "transformers is not installed" in contents.source
     assert contents.parameters > 0
-    assert shapes.text_section({"vision_config": {"x": 1}}) is None
+    assert text_section({"vision_config": {"x": 1}}) is None
