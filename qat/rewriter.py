@@ -54,6 +54,11 @@ def is_prepared(model: nn.Module) -> bool:
     return "_qat" in model.__dict__
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``model`` is a unit of FSDP2, so that each process keeps a part of its parameters."""
+    return hasattr(model, "unshard")
+
+
 def check_whole(model: nn.Module) -> None:
     """Refuse a model whose parameters are shared out among processes.
 
@@ -61,7 +66,7 @@ def check_whole(model: nn.Module) -> None:
         PrepareError: a part of it is a unit of FSDP2.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "unshard"):
+        if is_sharded(module):
             raise PrepareError(f"{name or 'the model'} is sharded already (FSDP2), but prepare reads whole weights: "
                                "prepare first, then qat.training.shard; under Lightning leave fully_shard out of "
                                "configure_model, ModelParallelStrategy shards the prepared network")

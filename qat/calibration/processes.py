@@ -18,11 +18,14 @@ from torch import distributed as dist
 from qat.errors import CalibrationError
 from qat.modules.normalization import QuantizedBatchNorm, several_processes
 from qat.quantizers.observers import Observer
+from qat.rewriter import is_sharded
 
 T = TypeVar("T")
 
-__all__ = ["agree", "copy_first", "is_sharded", "merge", "merge_batch_norm", "parts", "reduced", "several_processes",
-           "whole"]
+__all__ = ["agree", "copy_first", "held", "merge", "merge_batch_norm", "parts", "reduced", "several_processes", "whole"]
+
+HOLDS = "_qat_whole"
+"""The attribute of a sharded model that counts the blocks in which it is whole."""
 
 
 def reduced(vector: Tensor, operation: Any) -> Tensor:
@@ -124,25 +127,25 @@ def whole(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def parts(model: nn.Module) -> Iterator[None]:
     """Inside the block each process has its own parts of the parameters again, which may be written; in `whole` too."""
-    held = model.__dict__.get("_qat_whole", 0)
-    if held:
-        _hold(model, -held)
+    holds = held(model)
+    if holds:
+        _hold(model, -holds)
     try:
         yield
     finally:
-        if held:
-            _hold(model, held)
+        if holds:
+            _hold(model, holds)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ``model`` is a unit of FSDP2, so that each process keeps a part of its parameters."""
-    return hasattr(model, "unshard")
+def held(model: nn.Module) -> int:
+    """How many blocks of `whole` the model is in now."""
+    return int(model.__dict__.get(HOLDS, 0))
 
 
 def _hold(model: Any, change: int) -> None:
     """Gather the parameters when the first block asks for it, and let go of them behind the last one."""
-    before = model.__dict__.get("_qat_whole", 0)
-    model.__dict__["_qat_whole"] = before + change
+    before = held(model)
+    model.__dict__[HOLDS] = before + change
     if not before:
         with torch.inference_mode(False):  # what is gathered now may be used for training later
             model.unshard()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.calibration import processes
 from qat.compression.adapters import merge_adapters
 from qat.compression.pruning import sparsity
 from qat.errors import ConvertError, NotCalibratedError, ParityError
@@ -20,7 +19,7 @@ from qat.modules.normalization import QuantizedBatchNorm
 from qat.modules.precision import NarrowFloat
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import Quantizer, StaticQuantizer
-from qat.rewriter import prepared_state, quantized_modules
+from qat.rewriter import is_sharded, prepared_state, quantized_modules
 from qat.tracing import evaluating, leaves, run
 
 
@@ -83,7 +82,7 @@ def convert(model: nn.Module, batches: Iterable[Any], inplace: bool = False) -> 
     modules = quantized_modules(model)
     if any(m.frozen for m in modules.values()):
         raise ConvertError("this model is deployed already")
-    if processes.is_sharded(model):
+    if is_sharded(model):
         raise ConvertError("each process has a part of this model's weights only: convert qat.training.gather(model), "
                            "made on all processes, or use qat.training.deploy(module, batches)")
     missing = [q.name for m in modules.values() for q in m.activation_quantizers().values()

@@ -350,16 +350,16 @@ class Run:
 
     @contextlib.contextmanager
     def _batches_in_parts(self) -> Iterator[None]:
-        """The data in batches of ``schedule.batch_size``."""
-        data: Any = self.data
-        own = getattr(data, "batch_size", None)
-        if self.parts != 1.0:
-            data.batch_size = self.schedule["batch_size"]
+        """The data in batches of ``schedule.batch_size``, if it says so."""
+        data, size = self.data, self.schedule.get("batch_size")
+        if size is None:
+            yield
+            return
+        own, data.batch_size = data.batch_size, size
         try:
             yield
         finally:
-            if self.parts != 1.0:
-                data.batch_size = own
+            data.batch_size = own
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load(self.prepared).to(self.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qat.calibration import processes
 from qat.errors import CheckpointError, ConfigError
+from qat.rewriter import is_sharded
 from qat.training.sharding import gathered, local, part_of, placed
 
 
@@ -152,7 +153,7 @@ def _averaged(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     Of sharded parameters it is this process's own part.
     """
     with ExitStack() as stack, torch.no_grad():
-        for unit in filter(processes.is_sharded, list(module.modules())):
+        for unit in filter(is_sharded, list(module.modules())):
             stack.enter_context(processes.parts(unit))
         found = {name: local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
         for name, part in module.named_modules():

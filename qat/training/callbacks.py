@@ -24,7 +24,7 @@ from qat.errors import ConfigError
 from qat.modules.normalization import QuantizedBatchNorm
 from qat.rewriter import prepared_state
 from qat.training.averaging import WeightAverage
-from qat.training.sharding import check_strategy
+from qat.training.strategy import check_strategy
 
 
 class QuantizationSchedule(L.Callback):

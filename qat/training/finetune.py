@@ -36,12 +36,13 @@ from qat.deploy import Certificate
 from qat.errors import CheckpointError, ConfigError, PrepareError, nearest
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.quantizers.quantizer import Quantizer
-from qat.rewriter import check_whole, decisions, prepare_as
+from qat.rewriter import check_whole, decisions, is_sharded, prepare_as
 from qat.tracing import evaluating, run, trace_symbolically
 from qat.training.callbacks import QuantizationSchedule
 from qat.training.module import QuantizedTraining
 from qat.training.optimizers import give_scales_their_groups
-from qat.training.sharding import follow_strategy, gather, will_shard, without_methods
+from qat.training.sharding import gather, without_methods
+from qat.training.strategy import follow_strategy, will_shard
 
 KEY = "qat"
 """Where a Lightning checkpoint holds what was decided."""
@@ -222,7 +223,7 @@ class QuantizationAware(L.LightningModule):
             if decisions(network)["plan"] == stored.get("plan"):
                 prepare_as(network, stored)
                 return
-            if processes.is_sharded(network):
+            if is_sharded(network):
                 raise ConfigError("This checkpoint is of a network whose structure was found in another way, and this "
                                   "one is sharded already: give quantize the same example_inputs as then.")
             # The same recipe, but the structure was found in another way: back to the float modules, and again.
@@ -342,7 +343,7 @@ def deploy(module: L.LightningModule, batches: Iterable[Any], inplace: bool = Fa
 def _gathered(module: Any, keep: bool) -> Iterator[Any]:
     """The module, with a whole network in the place of a sharded one: inside the block, or to keep."""
     network = module.quantized_network
-    if network is None or not processes.is_sharded(network):
+    if network is None or not is_sharded(network):
         yield module
     elif network is module:
         if keep:
@@ -496,7 +497,7 @@ def _double(module: QuantizationAware) -> Any:
     for key, value in module.__dict__.items():
         double.__dict__[key] = copy.copy(value) if type(value) in (list, dict, set, deque) else value
     double.__dict__.pop("forward", None)
-    if processes.is_sharded(module):  # the steps that gather weights are bound to the module
+    if is_sharded(module):  # the steps that gather weights are bound to the module
         without_methods(double)
     double.__dict__["_qat_logged"] = {}
     double._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})

@@ -20,7 +20,7 @@ from qat.errors import ConfigError
 from qat.tracing import uncompiled
 from qat.training.build import build, plain
 from qat.training.data import stream_seed
-from qat.training.sharding import follow_strategy
+from qat.training.strategy import follow_strategy
 
 CROSS_ENTROPY = {"_target_": "torch.nn.CrossEntropyLoss"}
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
