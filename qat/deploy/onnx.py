@@ -44,7 +44,7 @@ from qat.deploy.onnx_lowering import Lowering, scope_of
 from qat.deploy.onnx_rules import check_explicit_quantization
 from qat.deploy.weights import check_layers
 from qat.errors import CheckpointError, UnsupportedError, nearest
-from qat.kernels import ste, table, weight_only
+from qat.kernels import activations, ste, table, weight_only
 from qat.modules.base import QuantizedModule
 from qat.modules.functional import QuantizedAdd
 from qat.modules.linear import QuantizedEmbedding
@@ -236,7 +236,7 @@ def _requantized(self: QuantizedModule, call: ste.Product, bias: Tensor | None) 
     return self.output_quantizer.quantize(_product(call, bias, call.x.dtype))
 
 
-def _matmul(call: ste.Matmul, dtype: torch.dtype) -> Tensor:
+def _matmul(call: activations.Matmul, dtype: torch.dtype) -> Tensor:
     (left, a), (right, b) = _grid(call.a, "a_"), _grid(call.b, "b_")
     batch = torch.broadcast_shapes(call.a.shape[:-2], call.b.shape[:-2])
     return symbolic("qat::MatMul", [*left, *right], {**a, **b, "factor": float(call.factor)}, dtype=torch.float32,
@@ -274,7 +274,7 @@ def _opaque(unsigned: bool) -> Iterator[None]:
     """
     replaced: list[tuple[Any, str, Any]] = [
         (ste, "quantize", _quantize_unsigned if unsigned else _quantize),
-        (ste, "product", _product), (ste, "matmul", _matmul),
+        (ste, "product", _product), (activations, "matmul", _matmul),
         (affine, "quantize", _quantize_raw), (weight_only, "product", _float_product),
         (QuantizedTensor, "dequantize", _dequantize), (QuantizedEmbedding, "forward", _embed),
         (DynamicQuantizer, "quantize", _dynamically), (QuantizedModule, "quantized_weight", lambda self: _Weight(self)),

@@ -1,7 +1,8 @@
 """``nn.MultiheadAttention`` on integers: its four projections, and both products of activations.
 
     scores        = codes(q) @ codes(k)^T * (scale_q * scale_k / sqrt(head_dim))  + masks, in float32
-    probabilities = unsigned codes, zero point 0, range [0, 1] whatever the data (:func:`qat.kernels.ste.softmax`)
+    probabilities = unsigned codes, zero point 0, range [0, 1] whatever the data
+                    (:func:`qat.kernels.activations.softmax`)
     context       = codes(probabilities) @ codes(v) * (scale of the query * scale_v of the channel)
 
 The second product sums over the tokens, so the values may have a scale for each channel: static ranges have one for
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.errors import UnsupportedError
-from qat.kernels import ste
+from qat.kernels import activations, ste
 from qat.modules.base import LayerPlan, QuantizedModule, register
 from qat.modules.composite import Composite, Part, Source
 from qat.modules.functional import QuantizedMatMul
@@ -306,8 +307,9 @@ class QuantizedMultiheadAttention(Composite, nn.MultiheadAttention):
             scores = scores + mask
         if integer and not self.calibrating:
             assert self.context.plan.input is not None
-            codes = ste.softmax(scores, probability_spec(self.context.plan.input), self.context.backward_type(v))
-            codes = ste.dropout(codes, rate) if rate else codes
+            spec = probability_spec(self.context.plan.input)
+            codes = activations.softmax(scores, spec, self.context.backward_type(v))
+            codes = activations.dropout(codes, rate) if rate else codes
             return self.context(codes, v), codes
         values = float_softmax(scores)
         values = F.dropout(values, rate) if rate else values

@@ -5,7 +5,7 @@ A module that looks its attention function up in transformers' ``AttentionInterf
 those of the model, and a rule finds the children by name (``*.scores``) or by type (``MatMul``).
 
     scores        = codes(q) @ codes(k)^T * (scale_q * scale_k * scaling)  [soft cap] [+ position bias] [+ mask]
-    probabilities = unsigned codes, zero point 0 (:func:`qat.kernels.ste.softmax`), sinks in their denominators
+    probabilities = unsigned codes, zero point 0 (:func:`qat.kernels.activations.softmax`), sinks in their denominators
     context       = codes(probabilities) @ codes(v) * (scale of the query * scale_v)
 
 Keys and values are put on their grids token by token: static ranges have one scale (values: one for each channel),
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.errors import PrepareError, UnsupportedError
-from qat.kernels import ste
+from qat.kernels import activations, ste
 from qat.modules.attention import (
     AttentionProduct,
     by_heads,
@@ -231,8 +231,8 @@ def attend(scores: Any, context: Any, query: Tensor, key: Tensor, value: Tensor,
         worth = v.scale
         v = ste.rearranged(v, v.codes, lambda g: g / worth, torch.ones((), device=value.device), v.zero_point)
     by_key = None if worth is None else worth.transpose(-1, -2).repeat_interleave(heads // groups, 1)
-    codes = ste.softmax(raw, probability_spec(context.plan.input), context.backward_type(value), by_key, sink)
-    codes = ste.dropout(codes, how.dropout) if how.dropout else codes
+    codes = activations.softmax(raw, probability_spec(context.plan.input), context.backward_type(value), by_key, sink)
+    codes = activations.dropout(codes, how.dropout) if how.dropout else codes
     y = _by_query(context(_regrouped(codes, groups), v), heads, length)
     if not need_weights:
         return y, None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels import requantize, ste
+from qat.kernels import activations, requantize, ste
 from qat.modules.base import LayerPlan, QuantizedModule, adopt, register
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import FrozenQuantizer, Quantizer, make_quantizer
@@ -142,8 +142,8 @@ class QuantizedMatMul(QuantizedFunction, MatMul):
             a = ste.rearranged(a, a.codes.unsqueeze(0), lambda g: g.squeeze(0))
         if column:
             b = ste.rearranged(b, b.codes.unsqueeze(1), lambda g: g.squeeze(1))
-        call = ste.Matmul(a, b, factor, self.backward_type(b))
-        y = ste.matmul(call, dtype or self.result_dtype(a))
+        call = activations.Matmul(a, b, factor, self.backward_type(b))
+        y = activations.matmul(call, dtype or self.result_dtype(a))
         if column:
             y = y.squeeze(-1)
         return y.squeeze(-1 if column else -2) if row else y

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qat.kernels import ste
+from qat.kernels import activations, ste
 from qat.kernels.contract import Geometry, Weight
 from qat.modules.base import LayerPlan, QuantizedModule, quantized_type
 from qat.modules.composite import Composite, Part, Source
@@ -496,7 +496,8 @@ class ParameterPart(Part):
             y = torch.stack([self._matrix(_taken(x, i), _taken(weight, i), vector) for i in range(len(weight.codes))])
         else:
             dense = replace(weight, spec=weight.spec.replace(granularity="per_tensor"))
-            y = ste.matmul(ste.Matmul(x, ste.transposed(dense), 1.0, self.backward_type(x)), self.result_dtype(x))
+            call = activations.Matmul(x, ste.transposed(dense), 1.0, self.backward_type(x))
+            y = activations.matmul(call, self.result_dtype(x))
             y = y if vector is None else y + vector
         return y if bias is None or vector is not None else y + bias
 

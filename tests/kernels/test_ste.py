@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.errors import UnsupportedError
-from qat.kernels import ste
+from qat.kernels import activations, ste
 from qat.kernels.contract import Geometry
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
@@ -121,14 +121,14 @@ def test_matmul(a_shape: tuple[int, ...], b_shape: tuple[int, ...], spec_a: Tens
     qb, fb = put(b.transpose(-1, -2) if turned else b, spec_b)
     if turned:
         qb, fb = ste.transposed(qb), fb.transpose(-1, -2)
-    y = ste.matmul(ste.Matmul(qa, qb, factor), torch.float32)
+    y = activations.matmul(activations.Matmul(qa, qb, factor), torch.float32)
     expected = fa @ fb * factor
     close(y, expected)
     with torch.no_grad():
-        assert torch.equal(ste.matmul(ste.Matmul(qa, qb, factor), torch.float32), y)
+        assert torch.equal(activations.matmul(activations.Matmul(qa, qb, factor), torch.float32), y)
     g = torch.randn(y.shape)
     gradients = torch.autograd.grad(expected, (a, b), g)
-    low = ste.matmul(ste.Matmul(qa, qb, factor, torch.bfloat16), torch.float32)
+    low = activations.matmul(activations.Matmul(qa, qb, factor, torch.bfloat16), torch.float32)
     for got, wanted in zip(torch.autograd.grad(y, (a, b), g, retain_graph=True), gradients):
         assert bool(wanted.any())
         close(got, wanted)
@@ -139,11 +139,11 @@ def test_matmul(a_shape: tuple[int, ...], b_shape: tuple[int, ...], spec_a: Tens
 def test_a_scale_inside_the_sum_is_refused() -> None:
     rows = ste.quantize(torch.randn(4, 4), torch.ones(4, 1), None, ste.Grid(ACTIVATIONS[2]))
     one = ste.quantize(torch.randn(4, 4), torch.tensor(0.1), None, ste.Grid(ACTIVATIONS[0]))
-    assert ste.matmul(ste.Matmul(rows, one), torch.float32).shape == (4, 4)
+    assert activations.matmul(activations.Matmul(rows, one), torch.float32).shape == (4, 4)
     with pytest.raises(UnsupportedError, match="right operand"):
-        ste.Matmul(one, rows)
+        activations.Matmul(one, rows)
     with pytest.raises(UnsupportedError, match="left operand"):
-        ste.Matmul(ste.transposed(rows), one)
+        activations.Matmul(ste.transposed(rows), one)
 
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], Geometry]] = [

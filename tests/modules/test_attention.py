@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import RecipeError, UnsupportedError
-from qat.kernels import ste, table
+from qat.kernels import activations, table
 from qat.modules.attention import QuantizedMultiheadAttention, probability_spec
 from qat.numerics.formats import TensorSpec
 
@@ -174,7 +174,7 @@ def test_the_forward_is_the_integer_formula() -> None:
 def test_probabilities_add_up_to_one_at_every_width(bits: int) -> None:
     scores = torch.randn(2, 3, 5, 700) * 0.01          # 700 keys share the attention: each has less than 1/510
     scores[0, 0, 0, 3:] = -torch.inf
-    p = ste.softmax(scores, TensorSpec(f"uint{bits}", "per_token", symmetric=True, dynamic=True))
+    p = activations.softmax(scores, TensorSpec(f"uint{bits}", "per_token", symmetric=True, dynamic=True))
     assert p.codes.dtype == torch.uint8
     assert p.zero_point is None
     assert int(p.codes.amax(-1).min()) == 2**bits - 1
@@ -196,7 +196,7 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros() -> None:
 def test_the_gradient_of_softmax(bits: int) -> None:
     scores = torch.randn(2, 5, 9, requires_grad=True)
     g = torch.randn(2, 5, 9)
-    p = ste.softmax(scores, TensorSpec(f"uint{bits}", "per_token", symmetric=True, dynamic=True))
+    p = activations.softmax(scores, TensorSpec(f"uint{bits}", "per_token", symmetric=True, dynamic=True))
     got, = torch.autograd.grad(p.dequantize(), scores, g)
     expected, = torch.autograd.grad(scores.softmax(-1), scores, g)
     torch.testing.assert_close(got, expected, rtol=0, atol=(0.01 if bits == 8 else 0.2) * float(expected.abs().max()))
@@ -204,15 +204,15 @@ def test_the_gradient_of_softmax(bits: int) -> None:
 
 def test_dropout_drops_codes_and_keeps_the_mean() -> None:
     scores = torch.randn(4, 50, 60, requires_grad=True)
-    p = ste.softmax(scores, TensorSpec("uint8", "per_token", symmetric=True, dynamic=True))
-    dropped = ste.dropout(p, 0.25)
+    p = activations.softmax(scores, TensorSpec("uint8", "per_token", symmetric=True, dynamic=True))
+    dropped = activations.dropout(p, 0.25)
     values, kept = dropped.dequantize(), dropped.codes != 0
     assert 0.7 < float(kept.float().mean() / (p.codes != 0).float().mean()) < 0.8
     torch.testing.assert_close(values[kept], p.dequantize()[kept] / 0.75)
     assert abs(float(values.detach().sum(-1).mean()) - 1) < 0.05
     values.sum().backward()
     assert bool(scores.grad.any())
-    assert not ste.dropout(p, 1.0).codes.any()
+    assert not activations.dropout(p, 1.0).codes.any()
     layer = prepared(attention(dropout=0.5), STATIC, self_inputs()).train()
     batch = self_inputs()
     assert not torch.equal(layer(**batch)[0], layer(**batch)[0])

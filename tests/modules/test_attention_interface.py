@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import CheckpointError, RecipeError, UnsupportedError
-from qat.kernels import ste
+from qat.kernels import activations
 from qat.modules.attention_interface import AttentionContext, AttentionScores, Scoring, attached, attend, detach
 from qat.numerics.formats import TensorSpec
 
@@ -311,21 +311,21 @@ def test_worth_goes_into_the_codes_and_not_into_the_probabilities(spread: float)
     scores = torch.randn(2, 3, 5, 7)
     worth = torch.rand(2, 3, 1, 7).mul(spread).exp()
     spec = TensorSpec("uint8", "per_token", symmetric=True, dynamic=True)
-    codes = ste.softmax(scores, spec, worth=worth)
+    codes = activations.softmax(scores, spec, worth=worth)
     assert int(codes.codes.amax(-1).min()) == 255
     probabilities = codes.dequantize() / worth
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 5))
     step = codes.scale / worth                      # half of it for the code, as much for the sum
     assert bool(((probabilities - scores.softmax(-1)).abs() <= 4.0 * step.amax(-1, keepdim=True)).all())
-    plain = ste.softmax(scores, spec)
-    assert torch.equal(ste.softmax(scores, spec, worth=torch.ones(1, 1, 1, 7)).codes, plain.codes)
+    plain = activations.softmax(scores, spec)
+    assert torch.equal(activations.softmax(scores, spec, worth=torch.ones(1, 1, 1, 7)).codes, plain.codes)
 
 
 def test_a_sink_takes_its_share_without_a_code() -> None:
     scores, sink = torch.randn(2, 3, 5, 7), torch.tensor([-50.0, 0.0, 6.0]).reshape(1, 3, 1, 1)
     spec = TensorSpec("uint8", "per_token", symmetric=True, dynamic=True)
-    codes = ste.softmax(scores, spec, sink=sink)
+    codes = activations.softmax(scores, spec, sink=sink)
     got, expected = codes.dequantize(), torch.cat([scores, sink.expand(2, 3, 5, 1)], -1).softmax(-1)[..., :-1]
     assert int(codes.codes.amax(-1).min()) == 255, "a large sink leaves the others the whole grid"
     assert bool(((got - expected).abs() <= 2.0 * codes.scale).all())
-    assert torch.equal(got[:, 0], ste.softmax(scores, spec).dequantize()[:, 0])
+    assert torch.equal(got[:, 0], activations.softmax(scores, spec).dequantize()[:, 0])
