@@ -1,8 +1,8 @@
 """The ladder of bit widths: how far each scheme is from a float control with the same extra training.
 
     python benchmarks/accuracy.py                                       # digits, every scheme, 5 folds x 3 seeds: hours
-    python benchmarks/accuracy.py task=lm recipe=w4a8,w2a8 seeds=3      # the byte language model
-    python benchmarks/accuracy.py task=lm recipe=w1a8 experiment=lm_one_bit     # by another experiment of its kind
+    python benchmarks/accuracy.py task=lm recipe=w4a8,w2a8              # the byte language model; lm_more_text: harder
+    python benchmarks/accuracy.py task=lm recipe=w1a8 experiment=lm     # by another experiment than the scheme's own
     python benchmarks/accuracy.py recipe=w8a8,w4a4 folds=5 seeds=3 [out=<folder>] [any option of train.py]
 
 Each cell (recipe, fold, seed) is a whole run of train.py; float training and control are shared between the recipes
@@ -37,7 +37,11 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 MODELS = ("float", "control", "ptq", "qat", "deployed")
 LADDER = ("w8a8", "w8a4", "w4a8", "w4a4", "w3a8", "w2a8", "w2a2", "w158a8", "w1a8", "w1a1", "w4a16", "w3a16", "w2a16",
           "w1a16")
-TASKS: dict[str, list[str]] = {"digits": [], "lm": ["experiment=lm"], "rnn": ["experiment=rnn"]}
+TASKS: dict[str, list[str]] = {"digits": [], "lm": ["data.batch_size=4"], "lm_more_text": [], "rnn": []}
+"""``lm`` has as much text as makes a float model of the score for which the targets were set, or a little better."""
+_LANGUAGE = {"w8a8": "lm", "w8a8_dynamic": "lm", "w2a8": "lm_two_bits", "w1a8": "lm_one_bit", None: "lm_taught"}
+EXPERIMENTS: dict[str, dict[str | None, str]] = {"lm": _LANGUAGE, "lm_more_text": _LANGUAGE, "rnn": {None: "rnn"}}
+"""The experiment by which each scheme is trained; None: every other scheme. Digits need none."""
 SHARED = {"float": ("recipe", "schedule", "prune", "distill"), "control": ("recipe", "prune", "distill")}
 """What a stage does not depend on; on ``distill`` it does where the teacher teaches it."""
 TARGETS: dict[str, dict[str, float]] = {

@@ -75,7 +75,7 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_keys(
         values["schedule"],
         ("epochs", "learning_rate", "control_learning_rate", "weight_decay", "scale_learning_rate",
-         "offset_learning_rate", "batch_size", "calibration_batches", "phases", "ladder", "oscillation"),
+         "offset_learning_rate", "steps_per_batch", "calibration_batches", "phases", "ladder", "oscillation"),
         "schedule.",
     )  # fmt: skip
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")

@@ -165,7 +165,7 @@ class Run:
         self.fast = bool(options.get("fast_dev_run"))
         self.float_budget = self._budget(1.0)
         self.extra_budget = self._budget(self.schedule["epochs"])
-        self.parts = self._parts(self.schedule.get("batch_size"))
+        self.parts = self._parts(self.schedule.get("steps_per_batch", 1))
         cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
 
@@ -187,21 +187,23 @@ class Run:
             raise ConfigError("How long is the training? Set trainer.max_epochs or trainer.max_steps to at least 1.")
         return budget
 
-    def _parts(self, batch_size: Any) -> float:
-        """How many batches of the quantized training hold as much data as one of the data's own.
+    def _parts(self, steps: Any) -> int:
+        """How many steps the quantized training makes of one of the data's batches.
 
         Raises:
-            ConfigError: a size that is none, or data that has no ``batch_size`` to change.
+            ConfigError: no whole number, or data whose batches cannot be divided by it.
         """
-        if batch_size is None:
-            return 1.0
-        own = getattr(self.data, "batch_size", None)
-        if not isinstance(own, int):
-            raise ConfigError(f"schedule.batch_size: {type(self.data).__name__} has no batch_size to change; leave it "
-                              "null.")
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError(f"schedule.batch_size must be a whole number of at least 1, not {batch_size!r}.")
-        return own / batch_size
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ConfigError(f"schedule.steps_per_batch must be a whole number of at least 1, not {steps!r}.")
+        if steps == 1:
+            return 1
+        size = getattr(self.data, "batch_size", None)
+        if not isinstance(size, int):
+            raise ConfigError(f"schedule.steps_per_batch: {type(self.data).__name__} has no batch_size to divide; set "
+                              "it to 1.")
+        if size % steps:
+            raise ConfigError(f"schedule.steps_per_batch={steps} does not divide data.batch_size={size}.")
+        return steps
 
     def execute(self) -> Results:
         """Run what is not finished yet; returns the table.
@@ -350,12 +352,12 @@ class Run:
 
     @contextlib.contextmanager
     def _batches_in_parts(self) -> Iterator[None]:
-        """The data in batches of ``schedule.batch_size``, if it says so."""
-        data, size = self.data, self.schedule.get("batch_size")
-        if size is None:
+        """Each of the data's batches in ``schedule.steps_per_batch`` batches."""
+        if self.parts == 1:
             yield
             return
-        own, data.batch_size = data.batch_size, size
+        data, own = self.data, self.data.batch_size
+        data.batch_size = own // self.parts
         try:
             yield
         finally:
@@ -524,7 +526,7 @@ class Run:
 
     def _fit(
         self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback,
-        parts: float = 1.0
+        parts: int = 1
     ) -> dict[str, Any]:
         """Train, continuing from the stage's last checkpoint if there is one, and save the weights.
 
@@ -532,15 +534,18 @@ class Run:
         """
         folder, config = self.folder / stage, self.config
         if "max_steps" in budget:
-            budget = {**budget, "max_steps": max(1, round(budget["max_steps"] * parts))}
+            budget = {**budget, "max_steps": budget["max_steps"] * parts}
         options = dict(
             config["trainer"], max_epochs=budget.get("max_epochs"), max_steps=budget.get("max_steps", -1),
             strategy=self.strategy,
         )  # fmt: skip
+        for name in ("limit_train_batches", "val_check_interval"):  # a number of batches, or a share of an epoch
+            if isinstance(options.get(name), int):
+                options[name] *= parts
         if isinstance(options.get("val_check_interval"), int) and "max_steps" in budget:
             # A stage that is shorter than the interval is validated at its end.
             batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
-            options["val_check_interval"] = min(max(1, round(options["val_check_interval"] * parts)), batches)
+            options["val_check_interval"] = min(options["val_check_interval"], batches)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )

@@ -77,9 +77,10 @@ def test_few_bits_learn_in_smaller_batches_than_their_control():
     plain = run_config(composed("experiment=lm_taught", "recipe=w2a8"))
     for name in ("lm_two_bits", "lm_one_bit"):
         config = run_config(composed(f"experiment={name}", "recipe=w2a8"))
-        assert config["schedule"]["batch_size"] < config["data"]["batch_size"] == plain["data"]["batch_size"]
+        assert config["schedule"]["steps_per_batch"] > 1
+        assert config["data"] == plain["data"]
         assert config["schedule"]["control_learning_rate"] == plain["schedule"]["learning_rate"]
-    assert plain["schedule"]["batch_size"] is None
+    assert plain["schedule"]["steps_per_batch"] == 1
 
 
 def test_every_preset_has_a_recipe_config():

@@ -134,11 +134,11 @@ def test_weight_average_and_compile_are_options_of_a_run(tmp_path):
 def test_smaller_batches_make_more_steps_of_the_same_data(tmp_path):
     """Only the quantized training has them; where its length is a number of epochs, these stay."""
     size, steps = 64, {}
-    for length in ({"max_steps": 8, "max_epochs": "null"}, {"max_epochs": 2}):
+    for length in ({"max_steps": 8, "max_epochs": "null"}, {"max_epochs": 2}, {"limit_train_batches": 4}):
         folder = tmp_path / str(len(steps))
-        run = make(folder, "model=mlp", "recipe=w2a8", "schedule.batch_size=16", "schedule.epochs=0.5",
-                   f"data.batch_size={size}", "trainer.limit_train_batches=1.0",
-                   *(f"trainer.{name}={value}" for name, value in length.items()))
+        run = make(folder, "model=mlp", "recipe=w2a8", "schedule.steps_per_batch=4", "schedule.epochs=0.5",
+                   f"data.batch_size={size}",
+                   *(f"trainer.{name}={value}" for name, value in ({"limit_train_batches": 1.0} | length).items()))
         run.execute()
         assert run.data.batch_size == size
         steps[len(steps)] = {
@@ -148,9 +148,10 @@ def test_smaller_batches_make_more_steps_of_the_same_data(tmp_path):
     assert steps[0] == {"float": 8, "control": 4, "qat": 16}
     images = len(run.data.train)
     assert steps[1] == {"float": 2 * (images // size), "control": images // size, "qat": images // 16}
-    for wrong in ("0", "2.5", "many"):
-        with pytest.raises(ConfigError, match=r"schedule\.batch_size"):
-            make(tmp_path / "wrong", f"schedule.batch_size={wrong}")
+    assert steps[2]["qat"] == 4 * steps[2]["control"] == 4 * 4
+    for wrong in ("0", "2.5", "many", "null", "true", "3"):
+        with pytest.raises(ConfigError, match=r"schedule\.steps_per_batch"):
+            make(tmp_path / "wrong", f"schedule.steps_per_batch={wrong}")
 
 
 def test_a_run_on_the_ladder(tmp_path):
