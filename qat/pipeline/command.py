@@ -280,6 +280,8 @@ def explain(error: Exception, config_folder: Path, config_name: str) -> str:
         if found:
             keys = sorted({*_known_keys(config_folder, config_name), *(f"recipe.{key}" for key in OVERRIDES)})
             return f"There is no option {found[1]!r}{nearest(found[1], keys) or '.'} (--help lists all options.)"
+        if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
+            return f"{str(error).strip()}: {str(error.__cause__).strip().splitlines()[0]}."
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}."
     return str(error).strip()

@@ -162,6 +162,10 @@ class Run:
         options = config["trainer"]
         check_arguments(L.Trainer, list(options), "trainer")
         self.strategy = process_strategy(options)
+        if str(options.get("precision")) in ("16", "16-mixed") and options.get("gradient_clip_val") and (
+                config["optimizer"].get("fused")):
+            raise ConfigError("trainer.gradient_clip_val: a fused optimizer unscales gradients of 16-mixed too late "
+                              "to clip them. Set optimizer.fused=false, or trainer.precision=bf16-mixed.")
         self.fast = bool(options.get("fast_dev_run"))
         self.float_budget = self._budget(1.0)
         self.extra_budget = self._budget(self.schedule["epochs"])

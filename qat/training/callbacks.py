@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -22,7 +23,7 @@ from qat.calibration import merge_batch_norm, merge_ranges, processes, start_mer
 from qat.calibration.ranges import activation_quantizers
 from qat.errors import ConfigError
 from qat.modules.normalization import QuantizedBatchNorm
-from qat.rewriter import prepared_state
+from qat.rewriter import prepared_state, quantized_modules
 from qat.training.averaging import WeightAverage
 from qat.training.strategy import check_strategy
 
@@ -45,6 +46,8 @@ class QuantizationSchedule(L.Callback):
     them, and so does any other strategy to go on. Those of many files: ``python -m
     lightning.fabric.utilities.consolidate_checkpoint <folder>`` makes one file of each. After training,
     :func:`~qat.training.deploy` on all processes gathers the weights.
+
+    For an average of the weights there is :class:`~qat.training.WeightAverage`; Lightning's own are refused.
 
     Args:
         calibration_batches: batches of training data that set the static ranges before the first step (and before the
@@ -83,6 +86,7 @@ class QuantizationSchedule(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
         check_strategy(strategy)
+        _check_averages(trainer)
         if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
             strategy._layer_sync = SynchronizedBatchNorm()
 
@@ -96,20 +100,27 @@ class QuantizationSchedule(L.Callback):
         loop = trainer.fit_loop
         fresh = loop._combined_loader is None
         loop.setup_data()
-        self._calibrate(trainer, pl_module)
+        self.calibrate(trainer, pl_module)
         if fresh:
             loop._combined_loader = None  # training sets it up at its own time, as without a sanity check
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._observing = self._ranges_frozen = self._batch_norm_frozen = False
-        self._calibrate(trainer, pl_module)
+        self.calibrate(trainer, pl_module)
         network = prepared_network(pl_module)
         if processes.several_processes():
             start_merging(network)
         self._enter(network, trainer)
 
-    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        network = getattr(pl_module, "quantized_network", None)
+        if network is not None and qat.is_prepared(network):
+            compute_in_float(network, False)
+
+    def calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the ranges that are missing."""
         network = prepared_network(pl_module)
+        compute_in_float(network, False)
         if processes.several_processes():
             _check_batch_counts(trainer)
         missing = any(not q.calibrated for q in activation_quantizers(network))
@@ -195,6 +206,26 @@ def _unapplied(trainer: L.Trainer) -> SynchronizedBatchNorm | None:
     return found if sharding and isinstance(found, SynchronizedBatchNorm) else None
 
 
+def _check_averages(trainer: L.Trainer) -> None:
+    """Refuse Lightning's own averages of weights, which know a prepared network's parameters, but not its ranges.
+
+    Raises:
+        ConfigError: what to use instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ConfigError(
+                f"{type(callback).__name__} cannot average a quantized network: it copies the module before there are "
+                "ranges, and writes over zero points. Use qat.training.WeightAverage(decay=0.999) in its place."
+            )
+
+
+def compute_in_float(network: nn.Module, on: bool) -> None:
+    """Whether a prepared network computes in floating point, as it must where there are no ranges yet."""
+    for module in quantized_modules(network).values():
+        module.calibrating = on
+
+
 def _check_batch_counts(trainer: L.Trainer) -> None:
     """Processes with different numbers of batches would wait for each other for ever: say so instead.
 
@@ -253,21 +284,42 @@ def _batches(trainer: L.Trainer, pl_module: L.LightningModule, count: int) -> It
     first, step = 0, 1
     if _dealt(trainer):
         loaders: Any = trainer.datamodule.calibration_dataloader()  # type: ignore[attr-defined]
-        combined = CombinedLoader(loaders, "max_size_cycle")
         first, step = trainer.global_rank, trainer.world_size
     else:
         training = trainer.fit_loop._combined_loader
-        assert training is not None  # Lightning makes it before the first hook of the fit loop
-        combined = CombinedLoader(training.iterables, training._mode)
-    positions = [(part, part.state_dict()) for part in combined.flattened if hasattr(part, "state_dict")]
+        if training is None:
+            raise ConfigError("There are no training batches to calibrate with: limit_train_batches is 0.")
+        loaders = CombinedLoader(training.iterables, training._mode)
+    with closing(peek(loaders)) as batches:
+        for batch in itertools.islice(batches, first, count, step):
+            yield transferred(pl_module, batch)
+
+
+def peek(loaders: Any) -> Generator[Any]:
+    """Batches of training loaders, in whatever form Lightning takes them, which stay where they are.
+
+    Raises:
+        ConfigError: they can be read once only.
+    """
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
     for part in combined.flattened:
         if isinstance(part, Iterator):
             raise ConfigError(
                 "The training data is an iterator: what calibration takes from it would be missing in training. Give "
                 "the data module a calibration_dataloader()."
             )
-    for batch, _, _ in itertools.islice(combined, first, count, step):
-        converted = trainer.precision_plugin.convert_input(batch)
-        yield trainer.strategy.batch_to_device(converted, pl_module.device)
-    for part, position in positions:
-        part.load_state_dict(position)
+    positions = [(part, part.state_dict()) for part in combined.flattened if hasattr(part, "state_dict")]
+    try:
+        for batch, _, _ in combined:
+            yield batch
+    finally:
+        for part, position in positions:
+            part.load_state_dict(position)
+
+
+def transferred(pl_module: L.LightningModule, batch: Any, device: torch.device | None = None) -> Any:
+    """A loader's batch as a step gets it: through the transfer hooks of the module, or of its data module."""
+    module: Any = pl_module
+    if module._trainer is not None:
+        batch = module._trainer.precision_plugin.convert_input(batch)
+    return module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), device or module.device)

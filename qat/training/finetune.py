@@ -17,28 +17,32 @@ import inspect
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 import qat
 from qat.calibration import processes
+from qat.calibration.ranges import activation_quantizers
 from qat.deploy import Certificate
 from qat.errors import CheckpointError, ConfigError, PrepareError, nearest
 from qat.modules.base import QuantizedModule, adopt, quantized_type
 from qat.quantizers.quantizer import Quantizer
 from qat.rewriter import check_whole, decisions, is_sharded, prepare_as
-from qat.tracing import evaluating, run, trace_symbolically
-from qat.training.callbacks import QuantizationSchedule
+from qat.tracing import evaluating, run, trace_symbolically, uncompiled
+from qat.training.callbacks import QuantizationSchedule, compute_in_float, peek, transferred
+from qat.training.data import stream_seed
 from qat.training.module import QuantizedTraining
 from qat.training.optimizers import give_scales_their_groups
 from qat.training.sharding import gather, without_methods
@@ -160,7 +164,9 @@ class QuantizationAware(L.LightningModule):
         """The part that is quantized: the module itself or a part of it; prepared once ``configure_model`` has run."""
         if "_qat_network" not in self.__dict__:
             name = self._qat_options().network
-            self.__dict__["_qat_network"] = _find_network(self) if name is None else name
+            name = _find_network(self) if name is None else name
+            compiled = isinstance(_part(self, name), OptimizedModule)  # torch.compile has wrapped the network itself
+            self.__dict__["_qat_network"] = f"{name}._orig_mod" if compiled else name
         return _part(self, self.__dict__["_qat_network"])
 
     # ---------------------------------------------------------------------------------- swapping, and checkpoints
@@ -181,6 +187,10 @@ class QuantizationAware(L.LightningModule):
                 qat.add_adapters(network, **options.adapters, inplace=True)
             with _example(self, network) as example:
                 qat.prepare(network, options.recipe, example, inplace=True)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and qat.is_prepared(network) and any(
+                not q.calibrated for q in activation_quantizers(network)):
+            compute_in_float(network, True)  # in what Lightning runs before there are ranges, such as its summary
         follow_strategy(self, network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -260,9 +270,17 @@ class QuantizationAware(L.LightningModule):
         own = super().configure_callbacks()
         callbacks = [own] if isinstance(own, L.Callback) else list(own)
         trainer: Any = self.trainer
-        if any(isinstance(c, QuantizationSchedule) for c in (*trainer.callbacks, *callbacks)):
-            return callbacks
-        return [*callbacks, self._qat_options().schedule]
+        given = next((c for c in (*trainer.callbacks, *callbacks) if isinstance(c, QuantizationSchedule)), None)
+        self.__dict__["_qat_schedule"] = given or self._qat_options().schedule
+        return callbacks if given is not None else [*callbacks, self._qat_options().schedule]
+
+    def on_train_start(self) -> None:
+        """The user's. Lightning's tuners run without callbacks; then the ranges are found here."""
+        trainer: Any = self.trainer
+        schedule = self.__dict__["_qat_schedule"]
+        if schedule not in trainer.callbacks:
+            schedule.calibrate(trainer, self)
+        super().on_train_start()
 
     def configure_optimizers(self) -> Any:
         """The user's optimizers, with groups of their own for learned scales."""
@@ -304,9 +322,9 @@ class QuantizationAware(L.LightningModule):
             yield found
         elif network is self:
             # It has no forward: it is its step. Called, it runs the step meanwhile.
-            self.__dict__["forward"] = MethodType(_step, self)
+            self.__dict__["forward"] = MethodType(_repeatable_step, self)
             try:
-                yield [(batch,) for batch in batches]
+                yield [(batch, number) for number, batch in enumerate(batches)]
             finally:
                 del self.__dict__["forward"]
         else:
@@ -332,7 +350,7 @@ def deploy(module: L.LightningModule, batches: Iterable[Any], inplace: bool = Fa
     if not isinstance(module, QuantizationAware | QuantizedTraining):
         raise ConfigError(f"{type(module).__name__} is not quantization-aware; say quantize(module, recipe) first.")
     with _gathered(module, inplace) as whole:
-        moved = [whole.transfer_batch_to_device(batch, whole.device, 0) for batch in batches]
+        moved = [transferred(whole, batch) for batch in batches]
         with whole.feeding(moved) as inputs:
             deployed, certificate = qat.convert(whole.quantized_network, inputs, inplace=inplace)
     deployed.__dict__.pop("forward", None)
@@ -427,8 +445,8 @@ def _example(module: QuantizationAware, network: nn.Module) -> Iterator[Any]:
     if trainer is None or not trainer.training or trace_symbolically(network) is not None:
         yield None
         return
-    with isolate_rng():
-        batch = moved(next(iter(trainer.fit_loop._data_source.dataloader())))
+    with isolate_rng(), closing(peek(trainer.fit_loop._data_source.dataloader())) as batches:
+        batch = transferred(module, next(batches), device)
     with module.feeding([batch]) as inputs:
         yield inputs[0] if inputs else None
 
@@ -467,7 +485,7 @@ def _calls(module: nn.Module, network: nn.Module, call: Callable[[], Any]) -> li
 
     handle = network.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with evaluating(module), torch.no_grad(), isolate_rng():
+        with evaluating(module), torch.no_grad(), isolate_rng(), uncompiled():
             call()
     finally:
         handle.remove()
@@ -491,13 +509,21 @@ def _step(module: QuantizationAware, batch: Any) -> Any:
     return {"returned": step(batch, **extra), "logged": double.__dict__["_qat_logged"]}
 
 
+def _repeatable_step(module: QuantizationAware, batch: Any, number: int) -> Any:
+    """The step as a function of its batch alone, whatever it draws: batch ``number`` has random numbers of its own."""
+    with isolate_rng():
+        torch.manual_seed(stream_seed(number))
+        return _step(module, batch)
+
+
 def _double(module: QuantizationAware) -> Any:
     """The same module for one step: the same parts, but its own attributes, containers, buffers and metrics."""
     double = object.__new__(type(module))
     for key, value in module.__dict__.items():
         double.__dict__[key] = copy.copy(value) if type(value) in (list, dict, set, deque) else value
     double.__dict__.pop("forward", None)
-    if is_sharded(module):  # the steps that gather weights are bound to the module
+    # steps that gather weights, or are compiled with the module, are bound to it
+    if is_sharded(module) or getattr(module, "_compiler_ctx", None) is not None:
         without_methods(double)
     double.__dict__["_qat_logged"] = {}
     double._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})

@@ -13,11 +13,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from qat.errors import ConfigError
+
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Keys of parameter groups that are learning rates."""
 RATE_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values")
 OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 """What schedulers keep for each group."""
+MATRICES_ONLY: tuple[type, ...] = (torch.optim.Muon,)
+"""Optimizers that make each step of a matrix orthogonal, which means nothing for scales."""
 
 
 def give_scales_their_groups(network: nn.Module, configured: Any, factor: float) -> None:
@@ -25,14 +29,17 @@ def give_scales_their_groups(network: nn.Module, configured: Any, factor: float)
 
     Each group that holds learned scales beside other parameters gives them to a new group behind all others: a copy of
     its options, ``weight_decay`` 0, its rates times ``factor``, ``role: scales``. So the groups that the user made keep
-    their numbers. A scale that no optimizer holds, because parameters were chosen by name, joins the group that trains
-    what is nearest to it in the network.
+    their numbers. A scale that no optimizer holds, because parameters were chosen by name, or one that is for matrices
+    only (Muon), joins the group of another that trains what is nearest to it in the network.
 
     Args:
         network: a prepared network.
         configured: an optimizer, a list of them, (optimizers, schedulers), or dicts with ``optimizer`` and
             ``lr_scheduler``.
         factor: learned scales train at this multiple of the group's learning rate.
+
+    Raises:
+        ConfigError: there is no optimizer that can train scales.
     """
     scales = {
         id(p): (f"{name}.{key}" if name else key, p)
@@ -46,9 +53,14 @@ def give_scales_their_groups(network: nn.Module, configured: Any, factor: float)
     schedulers = _unique([s for p in parts if not isinstance(p, Optimizer) for s in _with_inner(p)])
     if not scales or not optimizers:
         return
+    if all(isinstance(o, MATRICES_ONLY) for o in optimizers):
+        raise ConfigError(f"{type(optimizers[0]).__name__} trains matrices only, and this recipe learns scales: "
+                          "configure another optimizer beside it, such as AdamW for the biases.")
     moving: dict[tuple[int, int], list[tuple[str, nn.Parameter]]] = {}
     held: set[int] = set()
     for place, group in _groups(optimizers):
+        if isinstance(optimizers[place[0]], MATRICES_ONLY):
+            _keep(group, [i for i, p in enumerate(group["params"]) if id(p) not in scales])
         for parameter in group["params"]:
             if id(parameter) in scales:
                 moving.setdefault(place, []).append(scales[id(parameter)])
@@ -85,14 +97,19 @@ def _split(
         return
     named_too = "param_names" in group
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    group["params"] = [group["params"][i] for i in stay]
-    if named_too:
-        group["param_names"] = [group["param_names"][i] for i in stay]
+    _keep(group, stay)
     params: list[Any] = list(named) if named_too else [p for _, p in named]
     optimizer.add_param_group({**options, **changes, "params": params})
     for scheduler in schedulers:
         for name, values in _lists(scheduler, count):
             values.append(values[index] * factor if name in RATE_LISTS else values[index])
+
+
+def _keep(group: dict[str, Any], stay: list[int]) -> None:
+    """Leave only the parameters with these numbers in a group."""
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [group[key][i] for i in stay]
 
 
 def _lists(scheduler: Any, count: int) -> Iterator[tuple[str, list[Any]]]:
@@ -134,11 +151,12 @@ def _groups(optimizers: list[Optimizer]) -> Iterator[tuple[tuple[int, int], dict
 
 def _nearest(network: nn.Module, name: str, optimizers: list[Optimizer]) -> tuple[int, int]:
     """The group that trains a parameter of the module whose scale this is, or of the module around it, and so on."""
-    where = {id(p): place for place, group in _groups(optimizers) for p in group["params"]}
+    where = {id(p): place for place, group in _groups(optimizers) for p in group["params"]
+             if not isinstance(optimizers[place[0]], MATRICES_ONLY)}
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):
         around = network.get_submodule(".".join(parts[:cut]))
         for parameter in around.parameters():
             if id(parameter) in where:
                 return where[id(parameter)]
-    return 0, 0
+    return next(place for place, _ in _groups(optimizers) if not isinstance(optimizers[place[0]], MATRICES_ONLY))

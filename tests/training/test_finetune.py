@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import warnings
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -194,8 +196,6 @@ def assert_same(one, two):
 @pytest.fixture(autouse=True)
 def quiet(recwarn):
     """Lightning's advice about workers and short epochs is not what is tested."""
-    import warnings
-
     with warnings.catch_warnings():
         for said in (".*num_workers.*", ".*log_every_n_steps.*", ".*LeafSpec.*"):
             warnings.filterwarnings("ignore", said)
@@ -209,8 +209,6 @@ def fitted(tmp_path_factory):
 
     def make(kind):
         if kind not in made:
-            import warnings
-
             folder = tmp_path_factory.mktemp(kind.__name__)
             torch.manual_seed(0)
             module = quantize(kind(), RECIPE)
@@ -508,6 +506,26 @@ def test_named_parameters_lbfgs_and_groups_of_scales_alone():
     assert [len(g["params"]) for g in missing.param_groups] == [2, 1, 2, 2]
 
 
+def test_scales_never_join_an_optimizer_of_matrices():
+    """Muon makes each step of a matrix orthogonal; scales, of whatever shape, go where the biases are."""
+    from qat.training.optimizers import give_scales_their_groups
+
+    network = qat.prepare(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), qat.Recipe.from_dict(
+        {"rules": [{"match": {"type": "Linear"}, "weight": {"format": "int4", "granularity": "per_group",
+                                                            "group_size": 4, "learned": "lsq"}}]}))
+    for named in (False, True):
+        parameters = list(network.named_parameters())
+        matrices = [(n, p) if named else p for n, p in parameters if p.ndim == 2]       # scales of groups among them
+        biases = [p for n, p in parameters if n.endswith("bias")]
+        muon, adam = torch.optim.Muon(matrices, 0.1), torch.optim.AdamW(biases, 0.01)
+        give_scales_their_groups(network, [muon, adam], 0.1)
+        assert [p.shape for p in muon.param_groups[0]["params"]] == [(4, 8), (2, 4)]
+        assert muon.param_groups[0].get("param_names", ["0.weight", "2.weight"]) == ["0.weight", "2.weight"]
+        assert [(g.get("role"), len(g["params"])) for g in adam.param_groups] == [(None, 2), ("scales", 2)]
+    with pytest.raises(ConfigError, match="matrices only"):
+        give_scales_their_groups(network, torch.optim.Muon(matrices, 0.1), 0.1)
+
+
 # ------------------------------------------------------------------------------------------------------- the object
 
 
@@ -584,6 +602,142 @@ def test_example_input_array(tmp_path):
     module = quantize(Example(), "w8a8")
     module.configure_model()
     assert not qat.coverage(module.model).unobserved
+
+
+def test_the_summary_runs_an_example_before_there_are_ranges(tmp_path):
+    class Example(Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.example_input_array = torch.zeros(2, 1, 4, 4)
+
+    module = quantize(Example(), "w4a8")
+    L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+              default_root_dir=tmp_path).fit(module, loader(), loader())
+    assert deploy(module, loader())[1].equal
+
+    class Broken(Example):
+        def on_fit_start(self):
+            raise RuntimeError("mine")
+
+    module = quantize(Broken(), "w4a8")
+    with pytest.raises(RuntimeError, match="mine"):
+        trainer(tmp_path).fit(module, loader(), loader())
+    with pytest.raises(NotCalibratedError):                     # and not a float model that passes for a quantized one
+        trainer(tmp_path).validate(module, loader(), verbose=False)
+
+
+class Branching(Network):
+    """Cannot be traced symbolically."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+@pytest.mark.parametrize("network", [Network, Branching])
+@pytest.mark.parametrize("owner", ["module", "data"])
+def test_batches_come_through_the_transfer_hooks(tmp_path, hook, network, owner):
+    """Structure, ranges and the certificate are those of what the steps see, not of what the loader gives."""
+    scaled = lambda _, batch, index: (batch[0].float() / 255, batch[1])  # noqa: E731
+    pixels = DataLoader(TensorDataset((X.sigmoid() * 255).to(torch.uint8), Y), 8)
+
+    class Pixels(Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.model = network()
+
+    class Data(L.LightningDataModule):
+        train_dataloader = val_dataloader = lambda _: pixels
+
+    setattr(Pixels if owner == "module" else Data, hook, scaled)
+    module = quantize(Pixels(), "w8a8", schedule=QuantizationSchedule(observe=False))
+    trainer(tmp_path, epochs=1).fit(module, datamodule=Data())
+    assert module.model.conv.input_quantizer.scale <= 1 / 127
+    _, certificate = deploy(module, pixels)
+    assert certificate.equal
+    assert certificate.samples == len(X)
+
+
+@pytest.mark.parametrize("several", [list, dict])
+def test_structure_is_found_in_several_loaders(tmp_path, several):
+    class Twice(Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.model = Branching()
+
+        def training_step(self, batch, batch_idx):
+            return sum(F.cross_entropy(self(x), y) for x, y in (batch.values() if several is dict else batch))
+
+    loaders = [loader(), loader()] if several is list else {"one": loader(), "two": loader()}
+    module = quantize(Twice(), "w8a8")
+    trainer(tmp_path, epochs=1).fit(module, loaders)
+    assert not qat.coverage(module.model).unobserved
+
+
+def test_finding_the_structure_takes_no_batch_from_training(tmp_path):
+    class Seen(Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.model = Branching()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.seen = [*getattr(self, "seen", []), batch[1]]
+
+    module, data = quantize(Seen(), "w8a8"), ResumableLoader(TensorExamples(X, Y), 8)
+    trainer(tmp_path, epochs=1).fit(module, data)
+    assert torch.equal(torch.cat(module.seen), Y)
+
+
+def test_random_numbers_of_a_step_do_not_part_prepared_and_deployed(tmp_path):
+    """A module that is its steps, and whose validation draws: both models get the same draws, every batch its own."""
+
+    class Generator(Manual):
+        def losses(self, batch):
+            self.drawn = torch.randn(len(batch[0]), 16)
+            return super().losses((self.drawn, batch[1]))
+
+    module = quantize(Generator(), "w8a8", network="")
+    trainer(tmp_path).fit(module, loader(), loader())
+    assert deploy(module, loader())[1].equal
+    with module.feeding(list(loader())[:2]) as inputs:
+        one, two, again = (module.forward(*inputs[i])["logged"]["val_loss"] for i in (0, 1, 0))
+    assert one == again != two
+
+
+def test_a_network_that_the_user_has_compiled(tmp_path):
+    class Compiled(Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.compile(self.model, backend="eager")
+
+    module = quantize(Compiled(), "w8a8")
+    fit = trainer(tmp_path, epochs=1)
+    fit.fit(module, loader(), loader())
+    fit.save_checkpoint(tmp_path / "model.ckpt")
+    assert deploy(module, loader())[1].equal
+    loaded = quantize(Compiled).load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert_same(tensors(module), tensors(loaded))
+    assert torch.equal(module.eval()(X), loaded.eval()(X))
+
+
+def test_the_tuner_tries_the_quantized_network(tmp_path):
+    """Lightning's tuner runs without callbacks, the schedule among them; afterwards all is as before."""
+
+    class Tuned(Wrapped):
+        def __init__(self, lr=1e-2):
+            super().__init__()
+            self.lr = lr
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), self.lr)
+
+    module = quantize(Tuned(), "w8a8")
+    fit = trainer(tmp_path, epochs=1, enable_checkpointing=True)
+    found = Tuner(fit).lr_find(module, loader(), num_training=6, early_stop_threshold=None)
+    assert len(found.results["loss"]) == 6
+    assert not module.model.conv.input_quantizer.calibrated
+    fit.fit(module, loader(), loader())
+    assert deploy(module, loader())[1].equal
 
 
 def test_adapters(tmp_path):
@@ -705,6 +859,12 @@ def test_misuse_is_typed(fitted, tmp_path):
         quantize(Wrapped(), {"rules": [{"match": {"name": "nothing"}, "weight": "int8"}]}).configure_model()
     with pytest.raises(ConfigError, match=r"say qat\.training\.quantize"):
         trainer(tmp_path, callbacks=[QuantizationSchedule()]).fit(Wrapped(), loader(), loader())
+    warnings.filterwarnings("ignore", ".*configure_model.*")
+    for average in (StochasticWeightAveraging(1e-2), EMAWeightAveraging()):
+        with pytest.raises(ConfigError, match=r"qat\.training\.WeightAverage"):
+            trainer(tmp_path, callbacks=[average]).fit(quantize(Wrapped(), "w8a8"), loader(), loader())
+    with pytest.raises(ConfigError, match="no training batches to calibrate with"):
+        trainer(tmp_path, limit_train_batches=0).fit(quantize(Itself(), "w8a8"), loader(), loader())
     with pytest.raises(NotCalibratedError, match="conv"):
         trainer(tmp_path).validate(quantize(Wrapped(), "w8a8"), loader(), verbose=False)
 

@@ -44,12 +44,16 @@ class Losses(L.Callback):
         self.seen.append(float(outputs["loss"]))
 
 
+ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-2}
+
+
 def fit(folder, preset: str | None = "w4a4", checkpoint=None, callbacks: tuple[Any, ...] = (), epochs: int = 3,
-        compile: Any = None, seed: int = 0, **options: Any) -> tuple[QuantizedTraining, list[float]]:
+        compile: Any = None, seed: int = 0, optimizer: Any = ADAMW,
+        **options: Any) -> tuple[QuantizedTraining, list[float]]:
     torch.manual_seed(seed)
     recipe = None if preset is None else qat.Recipe.preset(preset).to_dict()
     module = QuantizedTraining(Network(), recipe, torch.zeros(1, 1, 4, 4), compile=compile,
-                               optimizer={"_target_": "torch.optim.AdamW", "lr": 1e-2})
+                               optimizer=optimizer)
     losses = Losses()
     schedule = [] if preset is None else [QuantizationSchedule(calibration_batches=2, reestimate_batches=2)]
     L.Trainer(
@@ -95,6 +99,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_trains_and_deploys_equal(tmp_path, options) -> None:
     assert_learned_and_equal(*fit(tmp_path, **options))
+
+
+def test_fused_optimizers_are_clipped_under_bf16(tmp_path) -> None:
+    """No gradient is scaled there, so nothing is in the way: one step of 1e-3 at most, and most of that length."""
+    sgd = {"_target_": "torch.optim.SGD", "lr": 1.0, "fused": True}
+    still, moved = (dict(fit(tmp_path / str(clip), None, optimizer=sgd, precision="bf16-mixed", max_steps=1,
+                             gradient_clip_val=clip, gradient_clip_algorithm="value")[0].network.named_parameters())
+                    for clip in (1e-12, 1e-3))
+    steps = torch.cat([(moved[name] - still[name]).detach().flatten().abs() for name in still])
+    assert steps.max() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_master_weights_and_scales_stay_float32_under_mixed_precision(tmp_path) -> None:
