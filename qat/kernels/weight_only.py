@@ -71,7 +71,8 @@ def _forward(x: Tensor, w: QuantizedTensor, bias: Tensor | None, kernel: Weight 
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1])
         y = _few(rows, w, bias, kernel) if _is_few(rows, w) else _blockwise(rows, w, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    # not a view: a caller may change the output in place
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _is_few(x: Tensor, w: QuantizedTensor) -> bool:

@@ -190,6 +190,20 @@ class TestContract:
         for t in tensors(x):
             assert not t.is_floating_point() or bool(t.grad.any())
 
+    def test_the_output_may_be_changed_in_place(self, kind: type[nn.Module], scheme: str) -> None:
+        """As by an activation function with ``inplace=True``: values and gradients are those of the plain function."""
+        _, result, x = self.prepared(kind, scheme)
+        learning = [t.requires_grad_() for t in tensors(x) if t.is_floating_point()] + list(result.parameters())
+        found = []
+        for activation in (nn.functional.relu, nn.functional.relu_):
+            for t in learning:
+                t.grad = None
+            y = activation(tensors(result.train()(*x))[0])
+            (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
+            found.append([y.detach(), *(t.grad for t in learning if t.grad is not None)])
+        for plain, changed in zip(*found, strict=True):
+            assert torch.equal(plain, changed)
+
     def test_a_float_checkpoint_loads(self, kind: type[nn.Module], scheme: str) -> None:
         model, result, x = self.prepared(kind, scheme)
         assert set(model.state_dict()) <= set(result.state_dict())
