@@ -52,11 +52,22 @@ def test_a_gap_is_held_against_its_target(
     Console(quiet=True).print(table)
 
 
-def test_an_experiment_takes_the_place_of_the_task_s(accuracy: ModuleType) -> None:
-    plain = accuracy.configuration("lm", "w1a8", 0, 1, [])
-    own = accuracy.configuration("lm", "w1a8", 0, 1, ["experiment=lm_one_bit", "schedule.calibration_batches=2"])
+def test_an_experiment_takes_the_place_of_the_scheme_s(accuracy: ModuleType) -> None:
+    plain = accuracy.configuration("lm", "w1a8", 0, 1, ["experiment=lm"])
+    own = accuracy.configuration("lm", "w1a8", 0, 1, ["schedule.calibration_batches=2"])
     assert (plain["distill"]["teacher"], plain["recipe"].get("calibration")) == (None, None)
     assert own["distill"]["teacher"] == "float"
     assert [next(iter(one)) for one in own["recipe"]["calibration"]] == ["reconstruction"]
     assert (own["seed"], own["schedule"]["calibration_batches"]) == (1, 2)
     assert own["trainer"] == plain["trainer"]
+    assert own["data"] == plain["data"]
+    more = accuracy.configuration("lm_more_text", "w1a8", 0, 1, ["schedule.calibration_batches=2"])
+    assert more["data"]["batch_size"] > own["data"]["batch_size"]
+    assert {key for key in own if own[key] != more[key]} == {"data"}
+
+
+def test_every_experiment_fits_every_scheme_of_its_task(accuracy: ModuleType) -> None:
+    for task, experiments in accuracy.EXPERIMENTS.items():
+        for recipe in (*experiments, *accuracy.TARGETS[task]):
+            if recipe is not None:
+                assert accuracy.configuration(task, recipe, 0, 0, [])["recipe"]

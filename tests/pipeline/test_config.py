@@ -75,7 +75,7 @@ def test_binary_weights_of_the_language_model_learn_faster_than_those_of_its_con
 def test_few_bits_learn_in_smaller_batches_than_their_control():
     """The control has the data's own batches and its own best rate, whatever the experiment does for few bits."""
     plain = run_config(composed("experiment=lm_taught", "recipe=w2a8"))
-    for name in ("lm_two_bits", "lm_one_bit"):
+    for name in ("lm_few_bits", "lm_one_bit"):
         config = run_config(composed(f"experiment={name}", "recipe=w2a8"))
         assert config["schedule"]["steps_per_batch"] > 1
         assert config["data"] == plain["data"]
