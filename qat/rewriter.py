@@ -96,7 +96,8 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
 
     Raises:
         RecipeError: a rule that matches nothing.
-        PrepareError: prepared already; group sizes that do not divide; tied weights under different rules.
+        PrepareError: prepared already; group sizes that do not divide; tied weights under different rules; a module
+            that is lazy, or compiled by TorchScript.
     """
     if isinstance(recipe, str):
         recipe = Recipe.preset(recipe)
@@ -108,6 +109,9 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     for name, module in model.named_modules():
         if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
             raise PrepareError(f"{name or 'the model'} is lazy and has no weights yet: run it once before prepare")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PrepareError(f"{name or 'the model'} is compiled by TorchScript, which lets nobody see or change its "
+                               "layers: put the module that it was made of in its place")
     check_whole(model)
     if not inplace:
         try:

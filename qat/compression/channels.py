@@ -432,10 +432,14 @@ def prune_channels(model: nn.Module, example_inputs: Any, sparsity: float = 0.5,
         inplace: change ``model`` itself.
 
     Raises:
-        PruneError: the model is prepared; no channel can go; a pattern without match.
+        PruneError: the model is prepared, or compiled by TorchScript; no channel can go; a pattern without match.
     """
     if is_prepared(model) or any(isinstance(m, QuantizedModule) for m in model.modules()):
         raise PruneError("this model is prepared: prune the channels of the float model, then prepare it")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PruneError(f"{name or 'the model'} is compiled by TorchScript, which lets nobody see or change its "
+                             "layers: put the module that it was made of in its place")
     if not 0 <= sparsity < 1 or multiple_of < 1:
         raise PruneError(f"sparsity is a share from 0 to below 1 and multiple_of at least 1, not {sparsity} and "
                          f"{multiple_of}")

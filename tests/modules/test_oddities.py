@@ -11,7 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 import qat
-from qat.errors import PrepareError
+from qat.errors import PrepareError, PruneError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import Absorbed
 
@@ -210,6 +210,18 @@ def test_lazy_modules() -> None:
     model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(2))
     model(torch.randn(3, 6))
     zoo.assert_parity(model, "w8a8", torch.randn(3, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated. Please switch")
+def test_torchscript_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
+    for inputs in (None, torch.randn(3, 6)):
+        with pytest.raises(PrepareError, match="1 is compiled by TorchScript"):
+            qat.prepare(model, "w8a8", example_inputs=inputs)
+    with pytest.raises(PrepareError, match="the model is compiled by TorchScript"):
+        qat.prepare(model[1], "w8a8")
+    with pytest.raises(PruneError, match="1 is compiled by TorchScript"):
+        qat.prune_channels(model, torch.randn(3, 6))
 
 
 def test_a_class_attribute_that_hides_a_quantizer() -> None:
