@@ -39,7 +39,7 @@ def test_every_choice_composes_and_builds(choice, request):
     extra += ["data=cifar10"] if choice == "model=cnn" else []
     extra += ["target=onnxruntime"] if choice == "recipe=target" else []
     extra += ["recipe=target"] if choice == "target=llama_cpp" else []
-    extra += ["distill.teacher=float"] if choice == "experiment=digits_student" else []
+    extra += ["distill.teacher=float"] if choice == "experiment=lm_student" else []
     if choice in ("data=tokens", "model=causal_lm") or choice.endswith("_causal_lm"):
         extra += [f"model.path={request.getfixturevalue('language_model')}"]
     config = run_config(composed(choice, *extra))
