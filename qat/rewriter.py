@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.errors import PrepareError, RecipeError
+from qat.errors import PrepareError, QuantizationError, RecipeError
 from qat.modules import attention_interface
 from qat.modules.adapted import Adapted
 from qat.modules.attention import step_by_step
@@ -72,6 +72,18 @@ def check_whole(model: nn.Module) -> None:
                                "configure_model, ModelParallelStrategy shards the prepared network")
 
 
+def check_open(model: nn.Module, error: type[QuantizationError]) -> None:
+    """Refuse a model of which a part is compiled by TorchScript, which lets nobody see or change its layers.
+
+    Raises:
+        error: it names that part.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise error(f"{name or 'the model'} is compiled by TorchScript, which lets nobody see or change its "
+                        "layers: put the module that it was made of in its place")
+
+
 def prepared_state(model: nn.Module) -> Prepared:
     """What ``prepare`` left on the model; :class:`PrepareError` if it is a float model."""
     if not is_prepared(model):
@@ -109,9 +121,7 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     for name, module in model.named_modules():
         if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
             raise PrepareError(f"{name or 'the model'} is lazy and has no weights yet: run it once before prepare")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise PrepareError(f"{name or 'the model'} is compiled by TorchScript, which lets nobody see or change its "
-                               "layers: put the module that it was made of in its place")
+    check_open(model, PrepareError)
     check_whole(model)
     if not inplace:
         try:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qat.errors import PruneError, nearest
 from qat.modules.base import QuantizedModule
 from qat.modules.functional import Add, Concat
-from qat.rewriter import is_prepared
+from qat.rewriter import check_open, is_prepared
 from qat.tracing import Call, Key, Trace, evaluating, leaves, run, trace_by_running
 
 Conv = nn.modules.conv._ConvNd
@@ -436,10 +436,7 @@ def prune_channels(model: nn.Module, example_inputs: Any, sparsity: float = 0.5,
     """
     if is_prepared(model) or any(isinstance(m, QuantizedModule) for m in model.modules()):
         raise PruneError("this model is prepared: prune the channels of the float model, then prepare it")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise PruneError(f"{name or 'the model'} is compiled by TorchScript, which lets nobody see or change its "
-                             "layers: put the module that it was made of in its place")
+    check_open(model, PruneError)
     if not 0 <= sparsity < 1 or multiple_of < 1:
         raise PruneError(f"sparsity is a share from 0 to below 1 and multiple_of at least 1, not {sparsity} and "
                          f"{multiple_of}")

@@ -151,12 +151,13 @@ def _groups(optimizers: list[Optimizer]) -> Iterator[tuple[tuple[int, int], dict
 
 def _nearest(network: nn.Module, name: str, optimizers: list[Optimizer]) -> tuple[int, int]:
     """The group that trains a parameter of the module whose scale this is, or of the module around it, and so on."""
-    where = {id(p): place for place, group in _groups(optimizers) for p in group["params"]
-             if not isinstance(optimizers[place[0]], MATRICES_ONLY)}
+    fit = [(place, group) for place, group in _groups(optimizers)
+           if not isinstance(optimizers[place[0]], MATRICES_ONLY)]
+    where = {id(p): place for place, group in fit for p in group["params"]}
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):
         around = network.get_submodule(".".join(parts[:cut]))
         for parameter in around.parameters():
             if id(parameter) in where:
                 return where[id(parameter)]
-    return next(place for place, _ in _groups(optimizers) if not isinstance(optimizers[place[0]], MATRICES_ONLY))
+    return fit[0][0]

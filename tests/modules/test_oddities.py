@@ -212,9 +212,9 @@ def test_lazy_modules() -> None:
     zoo.assert_parity(model, "w8a8", torch.randn(3, 6))
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated. Please switch")
 def test_torchscript_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
+    with pytest.deprecated_call(match="torch.jit.script"):
+        model = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
     for inputs in (None, torch.randn(3, 6)):
         with pytest.raises(PrepareError, match="1 is compiled by TorchScript"):
             qat.prepare(model, "w8a8", example_inputs=inputs)

@@ -593,23 +593,19 @@ def test_a_network_that_configure_model_makes(tmp_path):
     assert_same(tensors(module), tensors(loaded))
 
 
-def test_example_input_array(tmp_path):
-    class Example(Wrapped):
-        def __init__(self):
-            super().__init__()
-            self.example_input_array = torch.zeros(2, 1, 4, 4)
+class Example(Wrapped):
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 1, 4, 4)
 
+
+def test_example_input_array(tmp_path):
     module = quantize(Example(), "w8a8")
     module.configure_model()
     assert not qat.coverage(module.model).unobserved
 
 
 def test_the_summary_runs_an_example_before_there_are_ranges(tmp_path):
-    class Example(Wrapped):
-        def __init__(self):
-            super().__init__()
-            self.example_input_array = torch.zeros(2, 1, 4, 4)
-
     module = quantize(Example(), "w4a8")
     L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
               default_root_dir=tmp_path).fit(module, loader(), loader())
@@ -859,7 +855,6 @@ def test_misuse_is_typed(fitted, tmp_path):
         quantize(Wrapped(), {"rules": [{"match": {"name": "nothing"}, "weight": "int8"}]}).configure_model()
     with pytest.raises(ConfigError, match=r"say qat\.training\.quantize"):
         trainer(tmp_path, callbacks=[QuantizationSchedule()]).fit(Wrapped(), loader(), loader())
-    warnings.filterwarnings("ignore", ".*configure_model.*")
     for average in (StochasticWeightAveraging(1e-2), EMAWeightAveraging()):
         with pytest.raises(ConfigError, match=r"qat\.training\.WeightAverage"):
             trainer(tmp_path, callbacks=[average]).fit(quantize(Wrapped(), "w8a8"), loader(), loader())
