@@ -111,7 +111,7 @@ def _adopted_type(mixin: Any, kind: Any) -> Any:
     return type(f"{prefix}{kind.__name__}" if prefix else name, (mixin, kind), {
         "__module__": kind.__module__ if prefix else mixin.__module__, "__doc__": mixin.__doc__,
         "_adopted": (mixin, kind),
-        "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind), self.__getstate__())})
+        "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, *adopted_layers(kind)), self.__getstate__())})
 
 
 def shed(mixin: type, module: nn.Module) -> nn.Module:
@@ -126,9 +126,19 @@ def _without(mixin: Any, kind: Any) -> Any:
     return below if top is mixin else _adopted_type(top, _without(mixin, below))
 
 
-def _rebuilt(mixin: type, kind: type) -> Any:
+def adopted_layers(kind: Any) -> tuple[type, ...]:
+    """The mixins of an adopted type, the last one adopted first, and the type below them: all found by name."""
+    if "_adopted" not in kind.__dict__:
+        return (kind,)
+    mixin, below = kind.__dict__["_adopted"]
+    return (mixin, *adopted_layers(below))
+
+
+def _rebuilt(*layers: Any) -> Any:
     """An empty instance of an adopted type: how pickle, which cannot find the type by name, begins."""
-    made = _adopted_type(mixin, kind)
+    *mixins, made = layers
+    for mixin in reversed(mixins):
+        made = _adopted_type(mixin, made)
     return made.__new__(made)
 
 

@@ -217,11 +217,16 @@ def test_state_round_trip() -> None:
             call(base)
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_copies_and_pickles(prepared: bool) -> None:
+@pytest.mark.parametrize("first", ["adapt", "prepare", "adapt only"])
+def test_copies_and_pickles(first: str) -> None:
     x = zoo.inputs("mlp", 4)
     model = zoo.build("mlp")
-    model = stirred(qat.add_adapters(qat.calibrate(qat.prepare(model, "w8a8"), [x]) if prepared else model)).eval()
+    if first == "prepare":
+        model = qat.add_adapters(qat.calibrate(qat.prepare(model, "w8a8"), [x]))
+    else:
+        model = qat.add_adapters(model)
+        model = model if first == "adapt only" else qat.calibrate(qat.prepare(model, "w8a8"), [x])
+    stirred(model).eval()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
         assert adapted_layers(twin) == adapted_layers(model)
