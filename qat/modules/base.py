@@ -158,6 +158,9 @@ def drop_float(module: nn.Module, name: str) -> None:
         if not len(parametrizations):
             del module.parametrizations
             module.__class__ = _unparametrized(type(module))        # that class refuses to be copied
+            for number, hook in list(module._load_state_dict_pre_hooks.items()):        # and this, to be pickled
+                if getattr(hook, "hook", hook).__module__ == nn.utils.parametrizations.__name__:
+                    del module._load_state_dict_pre_hooks[number]
     for handle, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", name) == name:
             del module._forward_pre_hooks[handle]

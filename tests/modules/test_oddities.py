@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -165,6 +166,7 @@ def test_reparametrized_weights(kind: str, preset: str, inplace: bool) -> None:
     if preset != "w4a4" and not inplace:
         assert float((after(x) - expected).abs().max()) < 0.2 * float(expected.abs().max())
     assert not [n for n in after.state_dict() if "parametrizations" in n or n.endswith(("_g", "_v", "_orig"))]
+    assert torch.equal(pickle.loads(pickle.dumps(after))(x), after(x))
 
 
 class Doubled(nn.Linear):
