@@ -33,7 +33,6 @@ class Adapted(nn.Module):
     adapter_down: Any
     adapter_up: Any
     adapter_scaling: Tensor
-    weight_from_matrix: Any
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -43,12 +42,21 @@ class Adapted(nn.Module):
                 return adapted_weight(base, down, up, self.adapter_scaling)
         return super().__getattr__(name)
 
-    @torch.no_grad()
-    def write_weight(self, matrix: Tensor) -> None:
-        """Overwrite the weight that everyone sees: the base takes what the correction leaves of it."""
-        base, value = self._parameters["weight"], self.weight_from_matrix(matrix)
+    def corrected(self) -> Tensor:
+        """The weight that everyone sees, in floating point."""
+        base, down, up = (self._parameters[name] for name in ("weight", *FACTORS))
         assert base is not None
-        base.copy_(value.float() - (self.weight.float() - base.float()))
+        assert down is not None
+        assert up is not None
+        return adapted_weight(base, down, up, self.adapter_scaling)
+
+    @torch.no_grad()
+    def overwrite(self, value: Tensor) -> None:
+        """Give the weight that everyone sees this value: the base takes what the correction leaves of it."""
+        base = self._parameters["weight"]
+        assert base is not None
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        base.copy_(value.to(dtype) - (self.corrected().to(dtype) - base.to(dtype)))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A state dict without the factors is one of the base: nothing is missing then, and the factors stay."""

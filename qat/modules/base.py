@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError, ConvertError, UnsupportedError
 from qat.kernels import requantize, ste
 from qat.kernels.contract import Weight
+from qat.modules.adapted import Adapted
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import PackedTensor, QuantizedTensor
@@ -171,6 +172,30 @@ def drop_float(module: nn.Module, name: str) -> None:
         module._buffers.pop(key, None)
 
 
+@torch.no_grad()
+def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give the weight ``name`` of ``module`` this value, be it stored or computed from other parameters.
+
+    Raises:
+        CalibrationError: it is computed by something that cannot take a value for it.
+    """
+    if isinstance(module, Adapted) and name == "weight":
+        module.overwrite(value)
+        return
+    stored = module._parameters.get(name)
+    if stored is not None:
+        stored.copy_(value)
+        return
+    if not nn.utils.parametrize.is_parametrized(module, name):
+        raise CalibrationError(f"{name} is computed by a hook; use a parametrization of "
+                               "nn.utils.parametrizations instead, or remove it first")
+    try:
+        setattr(module, name, value.to(getattr(module, name).dtype))
+    except (NotImplementedError, RuntimeError) as error:
+        raise CalibrationError(f"{name} is computed by a parametrization that cannot be given a value ({error}); "
+                               "remove the parametrization first") from None
+
+
 class QuantizedModule(nn.Module):
     """Mixin for modules with a quantized weight, input or output. Subclasses say how they compute.
 
@@ -301,16 +326,14 @@ class QuantizedModule(nn.Module):
         Raises:
             CalibrationError: the weight is computed from others, by something that cannot take a value for it.
         """
-        value = self.weight_from_matrix(matrix)
-        weight = self.weight
-        if not nn.utils.parametrize.is_parametrized(self, "weight"):
-            weight.copy_(value)
-            return
         try:
-            self.weight = value.to(weight.dtype)
-        except (NotImplementedError, RuntimeError) as error:
-            raise CalibrationError(f"{self.name}: its weight is computed by a parametrization that cannot be given a "
-                                   f"value ({error}); remove the parametrization first") from None
+            self.overwrite_weight(self.weight_from_matrix(matrix))
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.name}: its {error}") from None
+
+    def overwrite_weight(self, value: Tensor) -> None:
+        """Give the float weight this value, in its own shape, wherever it lives."""
+        overwrite(self, "weight", value)
 
     def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
         """An input as the product sees it: (groups, rows, inputs), a row for each product with the weight matrix.

@@ -332,11 +332,14 @@ def test_misuse_is_typed() -> None:
     assert all(p.requires_grad for p in mlp.parameters())
 
 
-def test_a_weight_with_an_adapter_can_be_overwritten() -> None:
-    model = qat.add_adapters(qat.prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8"), rank=2)
-    layer = model[0]
-    with torch.no_grad():
-        layer.adapter_up.normal_()
-    wanted = torch.randn(4, 8)
-    layer.write_weight(wanted)
-    torch.testing.assert_close(layer.weight.detach(), wanted)
+@pytest.mark.parametrize("first", ["adapt", "prepare"])
+def test_a_weight_with_an_adapter_can_be_overwritten(first: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    model = qat.add_adapters(model, rank=2) if first == "adapt" else model
+    model = qat.prepare(model, "w8a8")
+    model = stirred(model if first == "adapt" else qat.add_adapters(model, rank=2))
+    for layer, holder in ((model[0], model[0]), (model[1].out, model[1].out_proj)):
+        assert isinstance(holder, Adapted)
+        wanted = torch.randn(8, 8)
+        layer.write_weight(wanted)
+        torch.testing.assert_close(layer.weight.detach(), wanted)
