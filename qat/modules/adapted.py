@@ -35,12 +35,9 @@ class Adapted(nn.Module):
     adapter_scaling: Tensor
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            own = self.__dict__["_parameters"]
-            base, down, up = (own.get(key) for key in ("weight", *FACTORS))
-            if base is not None and down is not None and up is not None:
-                return adapted_weight(base, down, up, self.adapter_scaling)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)       # of a weight that functions read it is a view, of what is corrected
+        corrected = name == "weight" and found is not None and found is self._parameters.get(name)
+        return self.corrected() if corrected and self._parameters.get(FACTORS[0]) is not None else found
 
     def corrected(self) -> Tensor:
         """The weight that everyone sees, in floating point."""
