@@ -18,9 +18,9 @@ from torch import nn
 
 from qat.errors import PrepareError, QuantizationError, RecipeError
 from qat.modules import attention_interface
-from qat.modules.adapted import Adapted
+from qat.modules.adapted import FACTORS, Adapted
 from qat.modules.attention import step_by_step
-from qat.modules.base import QuantizedModule, adopt, quantized_type
+from qat.modules.base import QuantizedModule, adopt, adopted_layers, quantized_type
 from qat.modules.composite import Composite, Part
 from qat.modules.functional import Add, Concat, MatMul, take_codes
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
@@ -544,9 +544,8 @@ def _parameter_rows(name: str, module: QuantizedParameters, state: Prepared, see
     if rest:
         seen.update(id(p) for p in rest.values())
         reasons = [state.plan.kept.get(f"{name}.{k}" if name else k, f"no matrix product reads {k}") for k in rest]
-        _, kind = type(module).__dict__["_adopted"]
-        rows.append(Row(name, kind.__name__, "kept", "", "", sum(p.numel() for p in rest.values()), 0,
-                        "; ".join(dict.fromkeys(reasons))))
+        kind, params = adopted_layers(type(module))[-1].__name__, sum(p.numel() for p in rest.values())
+        rows.append(Row(name, kind, "kept", "", "", params, 0, "; ".join(dict.fromkeys(reasons))))
     return rows
 
 
@@ -577,7 +576,19 @@ def _part_params(part: Part, seen: set[Any]) -> int:
             if not counted and (rows is not None or id(parameter) not in seen):
                 params += part.source.read(part.owner, str(path)).numel()
             seen |= {id(parameter), (id(parameter), rows)}
+    adapter = _adapter(part)
+    for factor in () if adapter is None else (adapter._parameters[name] for name in FACTORS):
+        if factor is not None and id(factor) not in seen:
+            seen.add(id(factor))
+            params += factor.numel()
     return params
+
+
+def _adapter(module: QuantizedModule) -> Adapted | None:
+    """What corrects the weight of a layer or part, if anything does."""
+    holder, attribute = ((module.source.holder(module.owner), module.source.attribute) if isinstance(module, Part)
+                         else (module, "weight"))
+    return holder if isinstance(holder, Adapted) and attribute == "weight" else None
 
 
 def _quantized_row(name: str, module: QuantizedModule, macs: int, params: int) -> Row:
@@ -593,8 +604,9 @@ def _quantized_row(name: str, module: QuantizedModule, macs: int, params: int) -
         reasons.append("ReLU absorbed" if plan.absorbs == (0.0, None) else f"clamp{plan.absorbs} absorbed")
     if plan.batch_norm:
         reasons.append(f"{plan.batch_norm} folded in eval")
-    if isinstance(module, Adapted):
-        reasons.append(f"adapter of rank {len(module.adapter_down)} inside the quantizer")
+    adapter = _adapter(module)
+    if adapter is not None:
+        reasons.append(f"adapter of rank {len(adapter.adapter_down)} inside the quantizer")
     if plan.output:
         reasons.append(f"output {plan.output}" + (" as codes" if plan.emits_codes else ""))
     inside = "in parts" if plan.parts else "float"

@@ -362,11 +362,14 @@ class Structure:
 
     @staticmethod
     def _kind(module: nn.Module) -> str | None:
-        weight = None if isinstance(module, Part) else module._parameters.get("weight")
+        holder, attribute = module, "weight"
+        if isinstance(module, Part):
+            holder, attribute = module.source.holder(module.owner), module.source.attribute
+        weight = holder._parameters.get(attribute)
+        if weight is None or isinstance(holder, Adapted) or nn.utils.parametrize.is_parametrized(holder):
+            return None                         # computed from others, by a hook or a parametrization
         if isinstance(module, Part):
             return "layer" if isinstance(module.owner, QuantizedMultiheadAttention) else None
-        if weight is None or isinstance(module, Adapted) or nn.utils.parametrize.is_parametrized(module):
-            return None                         # computed from others, by a hook or a parametrization
         if isinstance(module, nn.Linear | Convolution):
             return None if isinstance(module, Transposed) and not isinstance(module, QuantizedModule) else "layer"
         if isinstance(module, nn.Embedding):

@@ -91,7 +91,7 @@ def merge_adapters(model: nn.Module, inplace: bool = False) -> nn.Module:
             base = module._parameters["weight"]
             assert base is not None
             if id(base) not in merged:
-                merged[id(base)] = nn.Parameter(module.weight.detach(), requires_grad=base.requires_grad)
+                merged[id(base)] = nn.Parameter(module.corrected().detach(), requires_grad=base.requires_grad)
             module._parameters["weight"] = merged[id(base)]
             for name in FACTORS:
                 del module._parameters[name]

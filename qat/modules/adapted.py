@@ -33,22 +33,27 @@ class Adapted(nn.Module):
     adapter_down: Any
     adapter_up: Any
     adapter_scaling: Tensor
-    weight_from_matrix: Any
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            own = self.__dict__["_parameters"]
-            base, down, up = (own.get(key) for key in ("weight", *FACTORS))
-            if base is not None and down is not None and up is not None:
-                return adapted_weight(base, down, up, self.adapter_scaling)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)       # of a weight that functions read it is a view, of what is corrected
+        corrected = name == "weight" and found is not None and found is self._parameters.get(name)
+        return self.corrected() if corrected and self._parameters.get(FACTORS[0]) is not None else found
+
+    def corrected(self) -> Tensor:
+        """The weight that everyone sees, in floating point."""
+        base, down, up = (self._parameters[name] for name in ("weight", *FACTORS))
+        assert base is not None
+        assert down is not None
+        assert up is not None
+        return adapted_weight(base, down, up, self.adapter_scaling)
 
     @torch.no_grad()
-    def write_weight(self, matrix: Tensor) -> None:
-        """Overwrite the weight that everyone sees: the base takes what the correction leaves of it."""
-        base, value = self._parameters["weight"], self.weight_from_matrix(matrix)
+    def overwrite(self, value: Tensor) -> None:
+        """Give the weight that everyone sees this value: the base takes what the correction leaves of it."""
+        base = self._parameters["weight"]
         assert base is not None
-        base.copy_(value.float() - (self.weight.float() - base.float()))
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        base.copy_(value.to(dtype) - (self.corrected().to(dtype) - base.to(dtype)))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A state dict without the factors is one of the base: nothing is missing then, and the factors stay."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError, ConvertError, UnsupportedError
 from qat.kernels import requantize, ste
 from qat.kernels.contract import Weight
+from qat.modules.adapted import Adapted
 from qat.numerics import affine, packing
 from qat.numerics.formats import TensorSpec
 from qat.numerics.tensor import PackedTensor, QuantizedTensor
@@ -111,7 +112,7 @@ def _adopted_type(mixin: Any, kind: Any) -> Any:
     return type(f"{prefix}{kind.__name__}" if prefix else name, (mixin, kind), {
         "__module__": kind.__module__ if prefix else mixin.__module__, "__doc__": mixin.__doc__,
         "_adopted": (mixin, kind),
-        "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, kind), self.__getstate__())})
+        "__reduce_ex__": lambda self, protocol: (_rebuilt, (mixin, *adopted_layers(kind)), self.__getstate__())})
 
 
 def shed(mixin: type, module: nn.Module) -> nn.Module:
@@ -126,9 +127,19 @@ def _without(mixin: Any, kind: Any) -> Any:
     return below if top is mixin else _adopted_type(top, _without(mixin, below))
 
 
-def _rebuilt(mixin: type, kind: type) -> Any:
+def adopted_layers(kind: Any) -> tuple[type, ...]:
+    """The mixins of an adopted type, the last one adopted first, and the type below them: all found by name."""
+    if "_adopted" not in kind.__dict__:
+        return (kind,)
+    mixin, below = kind.__dict__["_adopted"]
+    return (mixin, *adopted_layers(below))
+
+
+def _rebuilt(*layers: Any) -> Any:
     """An empty instance of an adopted type: how pickle, which cannot find the type by name, begins."""
-    made = _adopted_type(mixin, kind)
+    *mixins, made = layers
+    for mixin in reversed(mixins):
+        made = _adopted_type(mixin, made)
     return made.__new__(made)
 
 
@@ -148,6 +159,9 @@ def drop_float(module: nn.Module, name: str) -> None:
         if not len(parametrizations):
             del module.parametrizations
             module.__class__ = _unparametrized(type(module))        # that class refuses to be copied
+            for number, hook in list(module._load_state_dict_pre_hooks.items()):        # and this, to be pickled
+                if getattr(hook, "hook", hook).__module__ == nn.utils.parametrizations.__name__:
+                    del module._load_state_dict_pre_hooks[number]
     for handle, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("WeightNorm", "SpectralNorm") and getattr(hook, "name", name) == name:
             del module._forward_pre_hooks[handle]
@@ -156,6 +170,30 @@ def drop_float(module: nn.Module, name: str) -> None:
         module.__dict__.pop(key, None)
     for key in (f"{name}_u", f"{name}_v"):
         module._buffers.pop(key, None)
+
+
+@torch.no_grad()
+def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give the weight ``name`` of ``module`` this value, be it stored or computed from other parameters.
+
+    Raises:
+        CalibrationError: it is computed by something that cannot take a value for it.
+    """
+    if isinstance(module, Adapted) and name == "weight":
+        module.overwrite(value)
+        return
+    stored = module._parameters.get(name)
+    if stored is not None:
+        stored.copy_(value)
+        return
+    if not nn.utils.parametrize.is_parametrized(module, name):
+        raise CalibrationError(f"{name} is computed by a hook; use a parametrization of "
+                               "nn.utils.parametrizations instead, or remove it first")
+    try:
+        setattr(module, name, value.to(getattr(module, name).dtype))
+    except (NotImplementedError, RuntimeError) as error:
+        raise CalibrationError(f"{name} is computed by a parametrization that cannot be given a value ({error}); "
+                               "remove the parametrization first") from None
 
 
 class QuantizedModule(nn.Module):
@@ -288,16 +326,14 @@ class QuantizedModule(nn.Module):
         Raises:
             CalibrationError: the weight is computed from others, by something that cannot take a value for it.
         """
-        value = self.weight_from_matrix(matrix)
-        weight = self.weight
-        if not nn.utils.parametrize.is_parametrized(self, "weight"):
-            weight.copy_(value)
-            return
         try:
-            self.weight = value.to(weight.dtype)
-        except (NotImplementedError, RuntimeError) as error:
-            raise CalibrationError(f"{self.name}: its weight is computed by a parametrization that cannot be given a "
-                                   f"value ({error}); remove the parametrization first") from None
+            self.overwrite_weight(self.weight_from_matrix(matrix))
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.name}: its {error}") from None
+
+    def overwrite_weight(self, value: Tensor) -> None:
+        """Give the float weight this value, in its own shape, wherever it lives."""
+        overwrite(self, "weight", value)
 
     def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
         """An input as the product sees it: (groups, rows, inputs), a row for each product with the weight matrix.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.kernels import ste
 from qat.kernels.contract import Weight
-from qat.modules.base import LayerPlan, QuantizedModule, drop_float
+from qat.modules.base import LayerPlan, QuantizedModule, drop_float, overwrite
 from qat.numerics.tensor import QuantizedTensor
 from qat.quantizers.quantizer import Quantizer
 
@@ -121,6 +121,14 @@ class Part(QuantizedModule):
 
     def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
         return self.float_input(x).reshape(1, -1, self.weight.shape[1])
+
+    def overwrite_weight(self, value: Tensor) -> None:
+        holder, rows = self.source.holder(self.owner), self.source.rows
+        if rows is not None:
+            whole = getattr(holder, self.source.attribute).detach().clone()
+            whole[rows[0] : rows[1]] = value
+            value = whole
+        overwrite(holder, self.source.attribute, value)
 
     def drop_float_weight(self) -> None:
         """Let the composite forget the parameter, once no part needs it any more."""

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from qat.kernels import activations, ste
 from qat.kernels.contract import Geometry, Weight
+from qat.modules.adapted import FACTORS, Adapted
 from qat.modules.base import LayerPlan, QuantizedModule, quantized_type
 from qat.modules.composite import Composite, Part, Source
 from qat.numerics.tensor import QuantizedTensor
@@ -394,7 +395,10 @@ class ParameterPart(Part):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not self.frozen:
-            return self.owner._parameters[self.source.attribute]
+            owner, attribute = self.owner, self.source.attribute
+            if isinstance(owner, Adapted) and attribute == "weight":
+                return owner.corrected()
+            return owner._parameters[attribute]
         return super().__getattr__(name)
 
     @property
@@ -701,13 +705,17 @@ def watching(model: nn.Module) -> Iterator[dict[tuple[str, str], Reading]]:
             continue
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name)))
         handles.append(module.register_forward_hook(lambda *_, name=name: watch.running.remove(name)))
+        corrected = module.corrected().detach() if isinstance(module, Adapted) else None
         for attribute, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() > 1 and parameter.is_floating_point():
-                watch.readings[name, attribute] = Reading(shape=tuple(parameter.shape))
                 replaced.append((module, attribute, parameter))
+                if corrected is not None and attribute in FACTORS:
+                    module._parameters[attribute] = None        # readers see one weight, with its correction in it
+                    continue
+                watch.readings[name, attribute] = Reading(shape=tuple(parameter.shape))
+                seen = parameter.detach() if corrected is None or attribute != "weight" else corrected
                 module._parameters[attribute] = WeightView.of(
-                    watch, parameter.detach(), parameter=f"{name}.{attribute}" if name else attribute,
-                    ghost=parameter.detach())
+                    watch, seen, parameter=f"{name}.{attribute}" if name else attribute, ghost=seen)
     try:
         yield watch.readings
     finally:

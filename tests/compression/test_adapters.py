@@ -217,11 +217,16 @@ def test_state_round_trip() -> None:
             call(base)
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_copies_and_pickles(prepared: bool) -> None:
+@pytest.mark.parametrize("first", ["adapt", "prepare", "adapt only"])
+def test_copies_and_pickles(first: str) -> None:
     x = zoo.inputs("mlp", 4)
     model = zoo.build("mlp")
-    model = stirred(qat.add_adapters(qat.calibrate(qat.prepare(model, "w8a8"), [x]) if prepared else model)).eval()
+    if first == "prepare":
+        model = qat.add_adapters(qat.calibrate(qat.prepare(model, "w8a8"), [x]))
+    else:
+        model = qat.add_adapters(model)
+        model = model if first == "adapt only" else qat.calibrate(qat.prepare(model, "w8a8"), [x])
+    stirred(model).eval()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
         assert adapted_layers(twin) == adapted_layers(model)
@@ -327,11 +332,59 @@ def test_misuse_is_typed() -> None:
     assert all(p.requires_grad for p in mlp.parameters())
 
 
-def test_a_weight_with_an_adapter_can_be_overwritten() -> None:
-    model = qat.add_adapters(qat.prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8"), rank=2)
-    layer = model[0]
-    with torch.no_grad():
-        layer.adapter_up.normal_()
-    wanted = torch.randn(4, 8)
-    layer.write_weight(wanted)
-    torch.testing.assert_close(layer.weight.detach(), wanted)
+@pytest.mark.parametrize("first", ["adapt", "prepare"])
+def test_a_weight_with_an_adapter_can_be_overwritten(first: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    model = qat.add_adapters(model, rank=2) if first == "adapt" else model
+    model = qat.prepare(model, "w8a8")
+    model = stirred(model if first == "adapt" else qat.add_adapters(model, rank=2))
+    for layer, holder in ((model[0], model[0]), (model[1].out, model[1].out_proj)):
+        assert isinstance(holder, Adapted)
+        wanted = torch.randn(8, 8)
+        layer.write_weight(wanted)
+        torch.testing.assert_close(layer.weight.detach(), wanted)
+
+
+class Mirrored(nn.Module):
+    """Functions read both weights: one transposed, one in a forward that is not that of its base class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.middle, self.bias = nn.Linear(6, 4), Subclass(4, 4), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.middle(self.encode(x).relu()), self.encode.weight.t(), self.bias)
+
+
+@pytest.mark.parametrize("first", ["adapt", "prepare"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])
+def test_weights_that_functions_read(preset: str, first: str, tmp_path) -> None:
+    """They are quantized with their correction, and it is trained; its factors are no weights of their own."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 6)
+    plain = qat.prepare(Mirrored(), preset, example_inputs=x)
+    model = qat.add_adapters(Mirrored(), rank=2) if first == "adapt" else Mirrored()
+    model = qat.prepare(model, preset, example_inputs=x)
+    model = qat.calibrate(model if first == "adapt" else qat.add_adapters(model, rank=2), [x])
+    rows, expected = {r.name: r for r in qat.coverage(model).rows}, {r.name: r for r in qat.coverage(plain).rows}
+    assert rows.keys() == expected.keys()
+    for name in ("encode.weight", "middle.weight"):
+        assert (rows[name].status, rows[name].weight) == ("quantized", expected[name].weight)
+        assert "adapter of rank 2" in rows[name].reason
+    assert qat.coverage(model).total_params == sum(p.numel() for p in model.parameters())
+    codes = model.middle.weight_product.quantized_weight().codes
+    stirred(model)
+    assert not torch.equal(model.middle.weight_product.quantized_weight().codes, codes)
+    model(x).square().mean().backward()
+    assert all(bool(m.adapter_up.grad.any()) for m in (model.encode, model.middle))
+    deployed, _ = qat.convert(model, [x])
+    assert torch.equal(deployed(x), model.eval()(x))
+    assert torch.equal(qat.merge_adapters(model)(x), deployed(x))
+    qat.save(deployed, tmp_path / "deployed")
+    assert torch.equal(qat.load(tmp_path / "deployed", Mirrored())(x), deployed(x))
+
+
+def test_adapters_inside_of_attention_are_counted() -> None:
+    model = qat.add_adapters(qat.prepare(nn.TransformerEncoderLayer(8, 2, 12), "w8a8"), rank=2)
+    assert "adapter of rank 2" in {r.name: r for r in qat.coverage(model).rows}["self_attn.out"].reason
+    assert qat.coverage(model).total_params == sum(p.numel() for p in model.parameters())

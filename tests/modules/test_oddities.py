@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 import qat
-from qat.errors import PrepareError, PruneError
+from qat.errors import CalibrationError, PrepareError, PruneError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import Absorbed
 
@@ -165,6 +166,21 @@ def test_reparametrized_weights(kind: str, preset: str, inplace: bool) -> None:
     if preset != "w4a4" and not inplace:
         assert float((after(x) - expected).abs().max()) < 0.2 * float(expected.abs().max())
     assert not [n for n in after.state_dict() if "parametrizations" in n or n.endswith(("_g", "_v", "_orig"))]
+    assert torch.equal(pickle.loads(pickle.dumps(after))(x), after(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])
+def test_a_computed_weight_takes_a_value_or_says_that_it_cannot(kind: str) -> None:
+    layer = qat.prepare(normed(kind), "w8a8", inplace=True)[0]
+    before, wanted = layer.weight_matrix().detach().clone(), torch.randn(layer.weight_matrix().shape)
+    if kind == "weight_norm":
+        layer.write_weight(wanted)
+        torch.testing.assert_close(layer.weight_matrix(), wanted)
+        return
+    with pytest.raises(CalibrationError, match="0: its weight is computed by a hook"):
+        layer.write_weight(wanted)
+    assert torch.equal(layer.weight_matrix(), before)
 
 
 class Doubled(nn.Linear):

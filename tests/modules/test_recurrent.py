@@ -511,6 +511,9 @@ def test_weight_norm_on_a_recurrent_weight() -> None:
     before.train()(x)[0].sum().backward()
     assert all(p.grad is not None for p in before.parameters())
     assert not [n for n in after.state_dict() if "parametrizations" in n]
+    wanted = torch.randn(20, 5)
+    before.hh_l0.write_weight(wanted)
+    torch.testing.assert_close(before.weight_hh_l0.detach(), wanted)
 
 
 def test_what_the_float_module_refuses_is_refused() -> None:
