@@ -71,3 +71,11 @@ def test_every_experiment_fits_every_scheme_of_its_task(accuracy: ModuleType) ->
         for recipe in (*experiments, *accuracy.TARGETS[task]):
             if recipe is not None:
                 assert accuracy.configuration(task, recipe, 0, 0, [])["recipe"]
+
+
+def test_a_line_that_a_kill_has_cut_off_is_run_again(accuracy: ModuleType, tmp_path: Path) -> None:
+    journal = tmp_path / "cells.jsonl"
+    assert accuracy.read_journal(journal) == []
+    journal.write_text('{"seed": 0}\n{"seed"')
+    assert accuracy.read_journal(journal) == [{"seed": 0}]
+    assert journal.read_text() == '{"seed": 0}\n'

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
         console = Console()
         if not full:
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else "GPU available" with each stage
-        started, failures, given = False, 0, sys.argv
+        started, failures, given, sweep = False, 0, sys.argv, None
 
         def say(error: Exception) -> None:
             text = escape(explain(error, config_folder, config_name))
@@ -66,8 +67,10 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
 
         def job(config: DictConfig) -> None:
             """One job; in a multirun the next one goes on after an error."""
-            nonlocal started, failures
+            nonlocal started, failures, sweep
             started = True
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                sweep = Path(HydraConfig.get().sweep.dir)
             try:
                 task(config, console)
             except (QuantizationError, OmegaConfBaseException, OSError) as error:
@@ -81,9 +84,8 @@ def command(task: Task, config_folder: Path, config_name: str) -> Callable[[], N
             hydra.main(str(config_folder), config_name, version_base="1.3")(job)()
         except KeyboardInterrupt:
             console.print("\nStopped.", style="bold")
-            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-                folder = _shown(Path(HydraConfig.get().sweep.dir))
-                console.print(f"Continue with: python train.py resume_sweep={folder}", style="bold", soft_wrap=True)
+            if sweep is not None:  # Hydra forgets its configuration behind a job
+                console.print(f"Continue with: {_again('resume_sweep', sweep)}", style="bold", soft_wrap=True)
             sys.exit(130)
         except Exception as error:
             if full or started:  # once a job has begun, what it does not expect is a fault of ours: show all of it
@@ -117,7 +119,7 @@ def train(config: DictConfig, console: Console) -> None:
             try:
                 run.execute()
             except KeyboardInterrupt:
-                console.print(f"\nContinue with: python train.py resume={_shown(folder)}", style="bold", soft_wrap=True)
+                console.print(f"\nContinue with: {_again('resume', folder)}", style="bold", soft_wrap=True)
                 raise
             console.print(f"[dim]report[/] {_shown(folder / 'report.html')}", highlight=False, soft_wrap=True)
     finally:
@@ -258,7 +260,10 @@ def _continued(arguments: list[str]) -> list[str]:
     kept = [line for line in lines if (key := line.split("=")[0].lstrip("+~")) not in OF_THE_CALL
             and (not key.startswith("hydra") or key.startswith(("hydra.sweep.subdir", "hydra.job.name")))]
     given = [a for a in arguments if a.split("=")[0] in ("debug", "allow_targets")]
-    return ["-m", *kept, *given, f"hydra.sweep.dir={folders[-1]}"]
+    folder = folders[-1]
+    if re.search(r"[^\w ./-]", folder):  # what Hydra's grammar would read as more than a name
+        folder = "'" + folder.replace("'", "\\'") + "'"
+    return ["-m", *kept, *given, f"hydra.sweep.dir={folder}"]
 
 
 def explain(error: Exception, config_folder: Path, config_name: str) -> str:
@@ -325,6 +330,12 @@ def _forget_if_unused(folder: Path) -> None:
         (folder / ".lock").unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _again(option: str, folder: Path) -> str:
+    """The command that continues what is in ``folder``, for a shell, with the permissions that this one was given."""
+    given = [a for a in sys.argv[1:] if a.split("=")[0] == "allow_targets"]
+    return escape(shlex.join(["python", "train.py", f"{option}={_shown(folder)}", *given]))
 
 
 def _shown(path: Path) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import qat
 from qat.compression.distillation import Distillation
@@ -55,6 +57,22 @@ def check_keys(section: Mapping[str, Any], known: tuple[str, ...], where: str) -
             raise ConfigError(f"{where}{key} is not an option{nearest(key, known) or '.'}")
 
 
+def check_number(section: Mapping[str, Any], key: str, where: str, least: float, whole: bool = False,
+                 above: bool = False, optional: bool = False) -> None:
+    """Refuse what is not a (whole) number of at least, or ``above``, this size.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    value: Any = section.get(key)
+    if value is None and (optional or key not in section):
+        return
+    number = not isinstance(value, bool) and isinstance(value, int if whole else int | float)
+    if not number or not (value > least if above else value >= least):
+        raise ConfigError(f"{where}.{key} must be a {'whole ' if whole else ''}number "
+                          f"{'above' if above else 'of at least'} {least:g}, not {value!r}.")
+
+
 def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The stored part of ``config`` as plain containers, with the recipe written out in full.
 
@@ -78,6 +96,15 @@ def run_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
          "offset_learning_rate", "steps_per_batch", "calibration_batches", "phases", "ladder", "oscillation"),
         "schedule.",
     )  # fmt: skip
+    for name in ("learning_rate", "control_learning_rate", "weight_decay", "scale_learning_rate",
+                 "offset_learning_rate"):
+        check_number(values["schedule"], name, "schedule", 0, optional=name == "control_learning_rate")
+    check_number(values["schedule"], "epochs", "schedule", 0, above=True)
+    check_number(values["schedule"], "calibration_batches", "schedule", 1, whole=True)
+    check_number(values["checkpoint"], "every_n_steps", "checkpoint", 1, whole=True)
+    check_number(values["trainer"], "accumulate_grad_batches", "trainer", 1, whole=True, optional=True)
+    if isinstance(values["optimizer"], dict):
+        check_number(values["optimizer"], "lr", "optimizer", 0)
     check_arguments(QuantizationSchedule, list(values["schedule"]["phases"]), "schedule.phases")
     pruning = qat.Pruning.from_dict(values["prune"])
     if values["mode"] == "ptq" and (pruning.masks or (values["distill"] or {}).get("teacher") is not None):
@@ -201,6 +228,21 @@ def _named_recipe(section: Mapping[str, Any] | None) -> qat.Recipe:
     return qat.Recipe.from_dict(options)
 
 
+def read_config(path: Path) -> DictConfig:
+    """The configuration in a YAML file, as it is written.
+
+    Raises:
+        ConfigError: it holds none, or is damaged.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} is damaged: it is no mapping.")
+    return loaded
+
+
 def stored_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run in ``folder``.
 
@@ -210,7 +252,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml.")
-    values = plain(OmegaConf.load(path))
+    values: dict[str, Any] = plain(read_config(path))
     check_keys(values, STORED, f"{path}: ")
     if missing := [key for key in STORED if key not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}.")
@@ -275,7 +317,7 @@ def teacher_place(folder: Path, architecture: Mapping[str, Any] | None) -> tuple
     elif home is None:
         raise ConfigError(f"{where}: there is no config.yaml beside it, so it belongs to no run.")
     assert home is not None
-    loaded = OmegaConf.load(home / "config.yaml")
-    if not isinstance(loaded, DictConfig) or not {"model", "recipe"} <= loaded.keys():
+    loaded = read_config(home / "config.yaml")
+    if not {"model", "recipe"} <= loaded.keys():
         raise ConfigError(f"{where}: {home / 'config.yaml'} does not describe a run.")
     return root, model, {key: plain(loaded[key], key) for key in ("model", "recipe", "pretrained") if key in loaded}

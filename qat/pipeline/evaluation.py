@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import qat
 from qat.compression.channels import take_shapes
 from qat.deploy.streaming import read_weights, without_weights
 from qat.errors import CheckpointError
-from qat.pipeline.storage import load_weights
+from qat.pipeline.storage import load_weights, read_json
 from qat.reporting import Results, Row
 from qat.runtimes.timing import alternating_times
 from qat.training.build import build
@@ -55,13 +54,7 @@ def channel_shapes(folder: Path) -> dict[str, list[int]]:
         CheckpointError: the file that holds them is damaged.
     """
     path = folder / "ptq" / "pruned_shapes.json"
-    if not path.exists():
-        return {}
-    try:
-        shapes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return shapes
+    return read_json(path) if path.exists() else {}
 
 
 def load_model(config: Mapping[str, Any], folder: Path, model: str, example_inputs: Any) -> nn.Module:

@@ -47,6 +47,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from torch import nn
+from torchmetrics import Metric
 
 import qat
 from qat.compression.channels import pruned_shapes
@@ -67,7 +68,7 @@ from qat.pipeline.evaluation import (
     stored_bytes,
     weights_file,
 )
-from qat.pipeline.storage import AtomicCheckpointIO, load_weights, save_weights, write_text
+from qat.pipeline.storage import AtomicCheckpointIO, load_weights, read_json, save_weights, write_text
 from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
 from qat.rewriter import Row
@@ -225,7 +226,8 @@ class Run:
                 network = load_model(self.config, self.folder, "float", None)
             else:
                 network = build(self.config["model"], "model")
-            _check_fit(network, self._example)
+            output = _check_fit(network, self._example)
+            self._check_measures(output)
             prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
             if self.pruning.masks:
                 attach(prepared, self.pruning)
@@ -245,7 +247,8 @@ class Run:
                 self.console.print(f"[dim]target {self.target}[/] {escape(change)}", highlight=False, soft_wrap=True)
         elif path.read_text(encoding="utf-8") != text:
             raise ConfigError(
-                f"{self.folder} holds a run with another configuration. Continue it with resume={self.folder}."
+                f"{self.folder} holds a run with another configuration. Continue it with resume={self.folder}, or "
+                "name another folder."
             )
         if teacher is not None:
             remember_teacher(self.folder, teacher)
@@ -268,6 +271,27 @@ class Run:
         results = self._results
         self.console.print(results.render())
         return results
+
+    def _check_measures(self, output: Any) -> None:
+        """Try loss and metrics on what the network says of the first example.
+
+        Raises:
+            ConfigError: they cannot compare it with the example's target.
+        """
+        target = move(next(iter(self.data.calibration_dataloader()))[1], torch.device("cpu"))
+        first = first_example(target)
+        for where, config in (("loss", self.config["loss"]),
+                              *((f"metrics.{name}", metric) for name, metric in self.config["metrics"].items())):
+            measure_of = build(config, where)
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", "Using a target size", UserWarning)  # it would be broadcast
+                    measure_of.update(output, first) if isinstance(measure_of, Metric) else measure_of(output, first)
+            except (RuntimeError, TypeError, ValueError, IndexError, UserWarning) as error:
+                raise ConfigError(
+                    f"{where}: {type(measure_of).__name__} cannot compare what model gives, "
+                    f"{json.dumps(shapes(output))}, with the target that data gives, {json.dumps(shapes(first))}: "
+                    f"{str(error).strip().splitlines()[0]}") from error
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -381,11 +405,9 @@ class Run:
         results = self._results = self.evaluate()
         write_text(self.folder / "results.csv", results.csv())
 
-        def stored(name: str) -> Any:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-
+        coverage, certificate = (read_json(self.folder / name) for name in ("coverage.json", "certificate.json"))
         page = report(
-            self.folder.resolve().name, results, stored("coverage.json"), stored("certificate.json"), self._curves(),
+            self.folder.resolve().name, results, coverage, certificate, self._curves(),
             (self.folder / "config.yaml").read_text(encoding="utf-8"),
         )  # fmt: skip
         write_text(self.folder / "report.html", page)
@@ -546,10 +568,7 @@ class Run:
         for name in ("limit_train_batches", "val_check_interval"):  # a number of batches, or a share of an epoch
             if isinstance(options.get(name), int):
                 options[name] *= parts
-        if isinstance(options.get("val_check_interval"), int) and "max_steps" in budget:
-            # A stage that is shorter than the interval is validated at its end.
-            batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
-            options["val_check_interval"] = min(options["val_check_interval"], batches)
+        self._validate_at_the_end(options, budget)
         progress = (
             bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
         )
@@ -596,12 +615,32 @@ class Run:
                 raise KeyboardInterrupt from stop
             raise
         if keep_best and not self.fast:
-            best = torch.load(folder / "best" / "best.ckpt", map_location="cpu", weights_only=True)
+            if not (folder / "best" / "best.ckpt").exists():
+                raise ConfigError(f"checkpoint.monitor: no validation has measured {saving['monitor']} in stage "
+                                  f"{stage}, so there are no best weights. Lower trainer.val_check_interval, or leave "
+                                  "out checkpoint.monitor.")
+            best = AtomicCheckpointIO().load_checkpoint(folder / "best" / "best.ckpt", weights_only=True)
             module.load_state_dict(best["state_dict"])
         save_weights(cast(nn.Module, module.network), weights_file(self.folder, stage))
         logged = trainer.callback_metrics.items()
         length = {name.removeprefix("max_"): value for name, value in budget.items()}
         return length | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
+
+    def _validate_at_the_end(self, options: dict[str, Any], budget: Mapping[str, int]) -> None:
+        """Have a stage that is shorter than the trainer's interval of validation be validated at its end."""
+        epochs, interval = options.get("check_val_every_n_epoch"), options.get("val_check_interval")
+        if "max_steps" in budget:
+            batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
+            if isinstance(interval, int):
+                options["val_check_interval"] = min(interval, batches)
+            elif interval is None and epochs == 1 and self.strategy == "auto":
+                self.data.setup("fit")
+                whole, limit = len(self.data.train_dataloader()), options.get("limit_train_batches")
+                share = whole if limit is None else int(whole * limit) if isinstance(limit, float) else limit
+                if batches < min(whole, share):
+                    options["val_check_interval"] = batches
+        if isinstance(epochs, int) and "max_epochs" in budget:
+            options["check_val_every_n_epoch"] = min(epochs, budget["max_epochs"])
 
     def _kept_outputs(self, module: QuantizedTraining) -> contextlib.AbstractContextManager[Any]:
         """Where ``distill.cache`` asks for it, batches that hold what the teacher computes."""
@@ -659,15 +698,15 @@ def _check_vocabulary(network: nn.Module, batches: Iterable[Any]) -> None:
                           "set data.tokenizer to the folder of its own tokenizer.")
 
 
-def _check_fit(network: nn.Module, example: Any) -> None:
-    """Run the network on one example of the data.
+def _check_fit(network: nn.Module, example: Any) -> Any:
+    """What the network says of one example of the data.
 
     Raises:
         ConfigError: it cannot take it (a wrong number of inputs or channels, say).
     """
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            call_network(network.eval(), example)
+            return call_network(network.eval(), example)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         said = json.dumps(shapes(example))
         raise ConfigError(f"model: {type(network).__name__} cannot take the inputs that data gives, {said}: "

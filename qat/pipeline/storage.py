@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,20 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: Path) -> Any:
+    """What `write_text` wrote as JSON.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+
+
 def save_weights(network: nn.Module, path: Path) -> None:
     """The state dict as safetensors; tied tensors are stored once."""
     write(path, lambda temporary: save_model(network, str(temporary)))
@@ -69,10 +84,24 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written like every other file of the run folder."""
+    """Lightning's checkpoints, written like every other file of the run folder; damaged ones are said to be."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """As ever.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **options)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing.") from error
+        except Exception as error:  # a damaged file can mislead torch's reader into almost any of them, and its advice
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}). Delete it, and this stage begins "
+                                  "anew.") from error
 
 
 @contextlib.contextmanager

@@ -69,8 +69,11 @@ class QuantizationSchedule(L.Callback):
         reestimate_batches: int = 0,
     ) -> None:
         for name, value in (("freeze_ranges_at", freeze_ranges_at), ("freeze_batch_norm_at", freeze_batch_norm_at)):
-            if value < 0:
-                raise ConfigError(f"schedule.{name} is a fraction of the run, not {value}.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ConfigError(f"schedule.{name} is a fraction of the run, not {value!r}.")
+        for name, value in (("calibration_batches", calibration_batches), ("reestimate_batches", reestimate_batches)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"schedule.{name} is a number of batches, not {value!r}.")
         self.calibration_batches, self.reestimate_batches = calibration_batches, reestimate_batches
         self.observe = observe
         self.freeze_ranges_at, self.freeze_batch_norm_at = freeze_ranges_at, freeze_batch_norm_at

@@ -339,6 +339,8 @@ class ImageDataModule(ClassificationData):
         super().__init__(num_classes, batch_size, seed, augment, flip)
         if channels not in (1, 3):
             raise ConfigError(f"channels must be 1 (grey) or 3 (RGB), not {channels}.")
+        if size < 1:
+            raise ConfigError(f"data.size must be at least 1, not {size}.")
         if len(mean) != channels or len(std) != channels:
             raise ConfigError(f"mean and std need one number for each of the {channels} channels.")
         if not dataset:

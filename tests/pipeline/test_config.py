@@ -15,7 +15,7 @@ import qat
 from qat.errors import ConfigError, QuantizationError, RecipeError
 from qat.pipeline import Run, run_config
 from qat.pipeline.command import explain
-from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, read_recipe
+from qat.pipeline.config import FOLDED, OF_THE_CALL, OF_THE_PLAN, STORED, read_recipe, stored_config
 from qat.training.build import build
 from qat.training.module import QuantizedTraining
 
@@ -135,6 +135,16 @@ def test_recipes_from_a_file_a_preset_and_rules(tmp_path):
         (["trainer.max_epochs=0"], "at least 1"),
         (["trainer.max_epochs=many"], "at least 1"),
         (["seed=-1"], "seed must be"),
+        (["optimizer.lr=fast"], r"optimizer\.lr must be a number of at least 0, not 'fast'"),
+        (["schedule.learning_rate=-1"], r"schedule\.learning_rate must be a number"),
+        (["schedule.epochs=-1"], r"schedule\.epochs must be a number above 0"),
+        (["schedule.calibration_batches=0"], r"schedule\.calibration_batches must be a whole number"),
+        (["schedule.phases.reestimate_batches=-1"], r"schedule\.reestimate_batches is a number of batches"),
+        (["schedule.phases.freeze_ranges_at=soon"], r"schedule\.freeze_ranges_at is a fraction"),
+        (["checkpoint.every_n_steps=0"], r"checkpoint\.every_n_steps must be a whole number of at least 1"),
+        (["trainer.accumulate_grad_batches=0"], r"trainer\.accumulate_grad_batches must be"),
+        (["trainer.precision=16-mixed", "trainer.gradient_clip_val=1"], r"optimizer\.fused=false"),
+        (["data=images", "data.dataset=photos", "data.num_classes=2", "data.size=0"], r"data\.size must be at least 1"),
         (["fold=5"], r"0\.\.4"),
         (["metrics=null"], "at least one"),
         (["model._target_=os.system"], "not allowed"),
@@ -171,6 +181,29 @@ def test_a_model_that_cannot_take_the_data_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"MLP cannot take the inputs .*\[1, 1, 16, 16\].*Set the options of model="):
         run.execute()
     assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["loss._target_=torch.nn.MSELoss", "model=mlp"], r"loss: MSELoss cannot compare .*\[1, 10\].*\[1\]"),
+    (["metrics.accuracy.num_classes=4"], r"metrics\.accuracy: MulticlassAccuracy cannot compare"),
+])
+def test_a_loss_or_metric_that_does_not_fit_is_refused_before_training(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        Run(run_config(composed(*overrides)), tmp_path / "run").execute()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_override_that_cannot_be_merged_says_why():
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed("distill=hidden", "distill.hidden={a: b}")
+    assert "Cannot merge DictConfig with ListConfig" in explain(caught.value, CONF, "config")
+
+
+@pytest.mark.parametrize("content", ["model: [\n", "- 1\n", "\xff\xfe"])
+def test_a_damaged_configuration_is_said_to_be(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+        stored_config(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "advice"), [

@@ -86,6 +86,25 @@ def test_best_weights_and_early_stopping(tmp_path):
         assert torch.equal(value, best["state_dict"][f"network.{name}"])
 
 
+@pytest.mark.parametrize("overrides", [
+    ["trainer.max_epochs=null", "trainer.max_steps=4"], ["trainer.max_epochs=2", "trainer.check_val_every_n_epoch=3"],
+], ids=["part of an epoch", "fewer epochs"])
+def test_a_stage_shorter_than_the_interval_of_validation_has_best_weights_too(tmp_path, overrides):
+    run = make(tmp_path, "checkpoint.monitor=val_accuracy", *overrides)
+    assert run._float()["val_accuracy"] > 0
+    best = torch.load(tmp_path / "float" / "best" / "best.ckpt", weights_only=True)
+    for name, value in run._load("float").state_dict().items():
+        assert torch.equal(value, best["state_dict"][f"network.{name}"])
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_best_weights_without_any_validation_are_an_error(tmp_path):
+    run = make(tmp_path, "checkpoint.monitor=val_accuracy", "trainer.max_epochs=null", "trainer.max_steps=4",
+               "trainer.limit_val_batches=0")
+    with pytest.raises(ConfigError, match=r"no validation has measured val_accuracy in stage float"):
+        run._float()
+
+
 def test_layers_without_batch_norm_and_dynamic_ranges_are_equal_too(tmp_path):
     results = make(tmp_path, "model=mlp", "recipe=w8a8_dynamic", "trainer.fast_dev_run=true").execute()
     assert results.bit_equal is True

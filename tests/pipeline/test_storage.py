@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qat.errors import CheckpointError, ConfigError
-from qat.pipeline.storage import AtomicCheckpointIO, claim, load_weights, save_weights, write, write_text
+from qat.pipeline.storage import AtomicCheckpointIO, claim, load_weights, read_json, save_weights, write, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
@@ -52,6 +52,28 @@ def test_checkpoints_are_atomic_and_load_weights_only(tmp_path):
         plugin.save_checkpoint({"step": lambda: 0}, tmp_path / "a" / "last.ckpt")
     assert plugin.load_checkpoint(tmp_path / "a" / "last.ckpt", weights_only=True) == {"step": 1}
     assert os.listdir(tmp_path / "a") == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-300], lambda c: b"", lambda c: b"hello" * 50, lambda c: c[64:]])
+def test_a_damaged_checkpoint_is_said_to_be(tmp_path, damage):
+    plugin, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    plugin.save_checkpoint({"weights": torch.zeros(300)}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is damaged .* Delete it"):
+        plugin.load_checkpoint(path, weights_only=True)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        plugin.load_checkpoint(path, weights_only=True)
+
+
+def test_json_that_is_missing_or_damaged_is_said_to_be(tmp_path):
+    path = tmp_path / "coverage.json"
+    with pytest.raises(CheckpointError, match="missing"):
+        read_json(path)
+    for content in (b"{", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_json(path)
 
 
 def test_one_process_per_folder(tmp_path):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from qat.errors import CheckpointError, ConfigError
-from qat.pipeline.command import _continued
+from qat.pipeline.command import _continued, command
 from qat.reporting import Results, Row, read_sweep
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 SCORES = {"w8a8": 0.98, "w2a2": 0.94}
 
 
@@ -119,6 +124,33 @@ def test_a_multirun_is_continued_as_it_was_asked_for(tmp_path) -> None:
         "hydra.sweep.subdir=job${hydra.job.num}", "debug=true", f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
     assert _continued(["recipe=w8a8", "-m"]) == ["recipe=w8a8", "-m"]
+
+
+@pytest.mark.parametrize("name", ["plain", "with a space", "lr=0.1,wd=2", "it's", "back\\slash"])
+def test_a_stopped_multirun_says_how_to_continue_it_wherever_it_is(tmp_path, monkeypatch, capsys, name) -> None:
+    """Ctrl-C in the first job; the command that is named runs both jobs in the same folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    seen = []
+
+    def job(config: Any, console: Any) -> None:
+        seen.append((config.seed, Path(HydraConfig.get().runtime.output_dir).parent))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    folder = "sweep.dir='" + name.replace("'", "\\'") + "'"
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=3,4", "allow_targets=[mine]", f"hydra.{folder}"])
+    with pytest.raises(SystemExit) as stopped:
+        command(job, CONF, "config")()
+    assert stopped.value.code == 130
+    _, said = capsys.readouterr().out.split("Continue with: ")
+    words = shlex.split(said)
+    assert words[:2] == ["python", "train.py"]
+    assert words[3:] == ["allow_targets=[mine]"]
+    monkeypatch.setattr(sys, "argv", words[1:])
+    command(job, CONF, "config")()
+    assert seen[1:] == [(3, seen[0][1]), (4, seen[0][1])]
+    assert seen[0] == (3, tmp_path / name)
 
 
 def test_a_stored_command_line_grants_nothing(tmp_path) -> None:

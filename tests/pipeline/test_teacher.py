@@ -212,7 +212,8 @@ def test_a_changed_teacher_is_refused(tmp_path, teacher):
         (["distill.cache=true", "data.augment=1"], "augmentation changes the examples"),
         (["distill.teacher={teacher}", "distill.teacher_model={{_target_:qat.training.models.MLP}}"],
          r"leave out distill\.teacher_model"),
-        (["distill.teacher={teacher}", "model.num_classes=11"], "must have the same classes"),
+        (["distill.teacher={teacher}", "model.num_classes=11", "metrics.accuracy.num_classes=11"],
+         "must have the same classes"),
     ],
 )  # fmt: skip
 def test_mistakes_are_known_before_training(tmp_path, teacher, overrides, message):
