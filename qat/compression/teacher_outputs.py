@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qat.compression.distillation import Said
 from qat.errors import CheckpointError, ConfigError
+from qat.numerics.tensor import add_to_digest
 from qat.tracing import leaves
 
 TABLE, ABOUT = "outputs.arrow", "about.json"
@@ -209,7 +210,7 @@ def digest_of_model(model: nn.Module) -> str:
         digest.update(f"{name}:{type(module).__qualname__}({options})\n".encode())
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
-            _update(digest, name, value)
+            add_to_digest(digest, name, value)
     return digest.hexdigest()
 
 
@@ -225,23 +226,20 @@ def digest_of_examples(examples: Examples, batch_size: int) -> str:
             once, twice = hashlib.sha256(), hashlib.sha256()
             again, _ = next(_batches(examples, batch_size))
             for one, values in ((once, inputs), (twice, again)):
-                for value in leaves(values):
-                    _update(one, "", value)
+                _add_inputs(one, values)
             if once.digest() != twice.digest():
                 raise ConfigError("distill.cache: the examples differ each time they are fetched (augmentation?), so "
                                   "what the teacher computes cannot be kept. Set distill.cache=false.")  # fmt: skip
-        for value in leaves(inputs):
-            _update(digest, "", value)
+        _add_inputs(digest, inputs)
     return digest.hexdigest()
 
 
-def _update(digest: Any, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        digest.update(f"{name}={value!r}\n".encode())
-        return
-    digest.update(f"{name}:{value.dtype}{tuple(value.shape)}\n".encode())
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+def _add_inputs(digest: Any, inputs: Any) -> None:
+    for value in leaves(inputs):
+        if isinstance(value, Tensor):
+            add_to_digest(digest, "", value)
+        else:
+            digest.update(f"={value!r}\n".encode())
 
 
 def _batches(examples: Examples, batch_size: int) -> Iterator[tuple[Any, int]]:

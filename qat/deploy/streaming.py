@@ -41,6 +41,7 @@ from qat.errors import CheckpointError, ParityError, PrepareError
 from qat.modules.base import LayerPlan, QuantizedModule
 from qat.modules.parameters import watching
 from qat.modules.precision import NarrowFloat
+from qat.numerics.tensor import add_to_digest
 from qat.quantizers.quantizer import StaticQuantizer
 from qat.recipe import Recipe
 from qat.rewriter import Prepared, prepare, prepared_state, quantized_modules
@@ -675,8 +676,7 @@ def _fingerprint(batches: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for tensor in outputs(batch):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            add_to_digest(digest, "", tensor)
     return digest.hexdigest()
 
 

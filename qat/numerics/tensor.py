@@ -1,4 +1,4 @@
-"""The quantized tensor: codes and what they mean. A dataclass, no tensor subclass."""
+"""The quantized tensor: codes and what they mean, a dataclass, no tensor subclass; and digests of any tensors."""
 
 from __future__ import annotations
 
@@ -124,3 +124,10 @@ class _Dequantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         return gradient.clone(), None, None  # what reaches a carrier may be changed in place
+
+
+def add_to_digest(digest: Any, name: str, value: Tensor) -> None:
+    """Let a ``hashlib`` digest take in a tensor with its name, dtype and shape."""
+    digest.update(f"{name}:{value.dtype}{tuple(value.shape)}\n".encode())
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")

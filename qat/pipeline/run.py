@@ -39,6 +39,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -635,9 +636,10 @@ class Run:
                 options["val_check_interval"] = min(interval, batches)
             elif interval is None and epochs == 1 and self.strategy == "auto":
                 self.data.setup("fit")
-                whole, limit = len(self.data.train_dataloader()), options.get("limit_train_batches")
-                share = whole if limit is None else int(whole * limit) if isinstance(limit, float) else limit
-                if batches < min(whole, share):
+                whole, limit = sized_len(self.data.train_dataloader()), options.get("limit_train_batches")
+                if whole is not None and isinstance(limit, int | float):
+                    whole = min(whole, int(whole * limit) if isinstance(limit, float) else limit)
+                if whole is not None and batches < whole:
                     options["val_check_interval"] = batches
         if isinstance(epochs, int) and "max_epochs" in budget:
             options["check_val_every_n_epoch"] = min(epochs, budget["max_epochs"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import safe_open
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import CheckpointError, ConfigError
+from qat.numerics.tensor import add_to_digest
+
+CHECKSUM = "sha256"
+"""What the metadata of weights call the digest of the state dict."""
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -56,8 +62,9 @@ def read_json(path: Path) -> Any:
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """The state dict as safetensors; tied tensors are stored once."""
-    write(path, lambda temporary: save_model(network, str(temporary)))
+    """The state dict as safetensors, with its checksum; tied tensors are stored once."""
+    metadata = {CHECKSUM: _checksum(network.state_dict())}
+    write(path, lambda temporary: save_model(network, str(temporary), metadata))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -73,14 +80,23 @@ def load_weights(network: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            aliases = {name: owner for name, owner in (file.metadata() or {}).items() if owner in values}
-        network.load_state_dict(values | {name: values[owner] for name, owner in aliases.items()})
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} does not hold the weights of this network: {error}") from error
+            metadata = file.metadata() or {}
     except Exception as error:  # safetensors raises a class of its own that derives from Exception directly
-        if type(error).__name__ != "SafetensorError":
-            raise
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    values |= {name: values[owner] for name, owner in metadata.items() if owner in values}
+    if metadata.get(CHECKSUM) != _checksum(values):
+        raise CheckpointError(f"{path} is damaged: its weights do not have the checksum that was stored with them.")
+    try:
+        network.load_state_dict(values)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not hold the weights of this network: {error}") from error
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        add_to_digest(digest, name, state[name])
+    return digest.hexdigest()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -96,6 +112,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: the file is missing or damaged.
         """
         try:
+            with zipfile.ZipFile(path) as archive:  # torch's format; torch itself does not compare the checksums in it
+                if (changed := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(changed)
             return super().load_checkpoint(path, *args, **options)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing.") from error

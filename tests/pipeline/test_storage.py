@@ -40,9 +40,11 @@ def test_weights_round_trip_with_ties_and_say_what_is_wrong(tmp_path):
     assert second[0].weight is second[2].weight
     with pytest.raises(CheckpointError, match="of this network"):
         load_weights(nn.Linear(2, 2), path)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_weights(second, path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-7], b"", whole[8:], flipped(whole, len(whole) - 9), flipped(whole, 12)):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_weights(second, path)
 
 
 def test_checkpoints_are_atomic_and_load_weights_only(tmp_path):
@@ -54,7 +56,12 @@ def test_checkpoints_are_atomic_and_load_weights_only(tmp_path):
     assert os.listdir(tmp_path / "a") == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[:-300], lambda c: b"", lambda c: b"hello" * 50, lambda c: c[64:]])
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-300], lambda c: b"", lambda c: b"hello" * 50, lambda c: c[64:],
+                                    lambda c: flipped(c, len(c) // 2)])
 def test_a_damaged_checkpoint_is_said_to_be(tmp_path, damage):
     plugin, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     plugin.save_checkpoint({"weights": torch.zeros(300)}, path)
