@@ -194,7 +194,10 @@ class Recipe:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(self.rules))
+        rules: Any = self.rules
+        if not isinstance(rules, list | tuple):
+            raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
+        object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else Rule.from_dict(r) for r in rules))
         object.__setattr__(self, "calibration", algorithms(self.calibration))
         for switch in ("absorb", "requantize"):
             if not isinstance(getattr(self, switch), bool):
@@ -232,12 +235,8 @@ class Recipe:
             overrides = {k: v for k, v in data.items() if k != "preset"}
             return cls.preset(str(data["preset"]), **overrides)
         _check_keys("a recipe", data, (*_KEYS, "rules"))
-        rules = data.get("rules") or ()
-        if not isinstance(rules, list | tuple):
-            raise RecipeError(f"rules: is a list of rules, not {type(rules).__name__}")
         values: dict[str, Any] = {k: data[k] for k in _KEYS if k != "calibration" and data.get(k) is not None}
-        return cls(rules=tuple(Rule.from_dict(rule) for rule in rules),
-                   calibration=algorithms(data.get("calibration") or ()), **values)
+        return cls(rules=data.get("rules") or (), calibration=data.get("calibration") or (), **values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

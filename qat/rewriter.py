@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from qat.errors import PrepareError, QuantizationError, RecipeError
 from qat.modules import attention_interface
@@ -30,6 +31,9 @@ from qat.modules.traced import KINDS, Traced, replace_functions, restore
 from qat.planning import Plan, Planner
 from qat.recipe import Recipe
 from qat.tracing import Call, evaluating, leaves, run, trace_by_running, trace_symbolically
+
+WRAPPED = ("this is what torch.compile wraps around a model: give the model itself (its ._orig_mod), and compile what "
+           "comes out, or in its place: model.compile()")
 
 
 @dataclass
@@ -73,11 +77,14 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_open(model: nn.Module, error: type[QuantizationError]) -> None:
-    """Refuse a model of which a part is compiled by TorchScript, which lets nobody see or change its layers.
+    """Refuse a model of which a part is compiled by TorchScript, which lets nobody see or change its layers, and what
+    ``torch.compile`` wraps around a model, which loses what is remembered about it.
 
     Raises:
         error: it names that part.
     """
+    if isinstance(model, OptimizedModule):
+        raise error(WRAPPED)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise error(f"{name or 'the model'} is compiled by TorchScript, which lets nobody see or change its "
@@ -87,6 +94,8 @@ def check_open(model: nn.Module, error: type[QuantizationError]) -> None:
 def prepared_state(model: nn.Module) -> Prepared:
     """What ``prepare`` left on the model; :class:`PrepareError` if it is a float model."""
     if not is_prepared(model):
+        if isinstance(model, OptimizedModule):
+            raise PrepareError(WRAPPED)
         raise PrepareError("this model is not prepared: call qat.prepare(model, recipe) first")
     return model.__dict__["_qat"]
 
@@ -109,7 +118,7 @@ def prepare(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str, example_
     Raises:
         RecipeError: a rule that matches nothing.
         PrepareError: prepared already; group sizes that do not divide; tied weights under different rules; a module
-            that is lazy, or compiled by TorchScript.
+            that is lazy, or compiled by TorchScript; the wrapper of torch.compile.
     """
     if isinstance(recipe, str):
         recipe = Recipe.preset(recipe)

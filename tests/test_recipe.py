@@ -45,6 +45,15 @@ def test_wrong_recipes_are_refused_at_once(data: Any, says: str) -> None:
         qat.Recipe.from_dict(data)
 
 
+def test_rules_may_be_mappings_wherever_a_recipe_is_made() -> None:
+    rule = {"weight": {"format": "int8", "granularity": "per_channel"}}
+    made = qat.Recipe(rules=[rule])
+    assert made == qat.Recipe.from_dict({"rules": [rule]}) == qat.Recipe((qat.Rule.from_dict(rule),))
+    for wrong, says in ((5, "list of rules"), (["w8a8"], "a rule is a mapping"), ([{"wieght": 1}], "'weight'")):
+        with pytest.raises(RecipeError, match=says):
+            qat.Recipe(rules=wrong)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_the_way_to_a_file_and_back(name: str, tmp_path: Path) -> None:
     recipe = qat.Recipe.preset(name)

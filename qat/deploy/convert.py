@@ -278,7 +278,9 @@ def certify(prepared: nn.Module, deployed: nn.Module, batches: Iterable[Any]) ->
         certificate.prediction_agreement = agree / asked
     wrong = [n for n, record in certificate.layers.items() if max(record.values(), default=0) > 0]
     if wrong or not certificate.equal:
-        where = f"first at {wrong[0]}" if wrong else "in floating point between the quantized layers"
+        where = f"first at {wrong[0]}" if wrong else (
+            "in floating point between the quantized layers (where a function reads the weight of a layer, prepare "
+            "sees it only with example_inputs)")
         raise ParityError(f"the deployed model differs from the prepared one, {where}: {certificate}")
     return certificate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +239,26 @@ def test_torchscript_is_refused() -> None:
         qat.prepare(model[1], "w8a8")
     with pytest.raises(PruneError, match="1 is compiled by TorchScript"):
         qat.prune_channels(model, torch.randn(3, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
+def test_the_wrapper_of_a_compiled_model_is_refused_and_compiled_parts_are_not(tmp_path: Path) -> None:
+    def model() -> nn.Sequential:
+        compiled = torch.compile(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), backend="eager")
+        return nn.Sequential(compiled, nn.Linear(4, 2))
+
+    x = torch.randn(5, 6)
+    for use in (lambda wrapped: qat.prepare(wrapped, "w8a8", x), lambda wrapped: qat.calibrate(wrapped, [x]),
+                lambda wrapped: qat.convert(wrapped, [x]), qat.coverage):
+        with pytest.raises(PrepareError, match=r"its \._orig_mod"):
+            use(torch.compile(model(), backend="eager"))
+    prepared = qat.calibrate(qat.prepare(model(), "w8a8", x), [x])
+    prepared.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in prepared.parameters())
+    deployed, certificate = qat.convert(prepared, [x])
+    assert certificate.equal
+    qat.save(deployed, tmp_path / "deployed")
+    assert torch.equal(qat.load(tmp_path / "deployed", model())(x), prepared.eval()(x))
 
 
 def test_a_class_attribute_that_hides_a_quantizer() -> None:
