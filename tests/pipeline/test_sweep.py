@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shlex
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from qat.errors import CheckpointError, ConfigError
-from qat.pipeline.command import _continued, command
+from qat.pipeline.command import _continued
 from qat.reporting import Results, Row, read_sweep
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -126,31 +126,44 @@ def test_a_multirun_is_continued_as_it_was_asked_for(tmp_path) -> None:
     assert _continued(["recipe=w8a8", "-m"]) == ["recipe=w8a8", "-m"]
 
 
-@pytest.mark.parametrize("name", ["plain", "with a space", "lr=0.1,wd=2", "it's", "back\\slash"])
-def test_a_stopped_multirun_says_how_to_continue_it_wherever_it_is(tmp_path, monkeypatch, capsys, name) -> None:
-    """Ctrl-C in the first job; the command that is named runs both jobs in the same folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    seen = []
+STOPPED = """
+import json, os, sys
+from pathlib import Path
+from hydra.core.hydra_config import HydraConfig
+from qat.pipeline.command import command
 
-    def job(config: Any, console: Any) -> None:
-        seen.append((config.seed, Path(HydraConfig.get().runtime.output_dir).parent))
-        if len(seen) == 1:
-            raise KeyboardInterrupt
+ran, name, conf = Path("ran.jsonl"), *sys.argv[1:3]
 
-    folder = "sweep.dir='" + name.replace("'", "\\'") + "'"
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=3,4", "allow_targets=[mine]", f"hydra.{folder}"])
-    with pytest.raises(SystemExit) as stopped:
-        command(job, CONF, "config")()
-    assert stopped.value.code == 130
-    _, said = capsys.readouterr().out.split("Continue with: ")
-    words = shlex.split(said)
+def job(config, console):
+    first = not ran.exists()
+    with ran.open("a") as file:
+        print(json.dumps([config.seed, str(Path(HydraConfig.get().runtime.output_dir).parent)]), file=file)
+    if first:
+        raise KeyboardInterrupt
+
+sys.argv = ["train.py", *sys.argv[3:]]
+command(job, Path(conf), "config")()
+"""
+"""A multirun that stops in its first job. In a process of its own: Hydra closes streams of logging."""
+
+
+@pytest.mark.parametrize("name", ["it's lr=0.1,wd=2", "back\\slash"])
+def test_a_stopped_multirun_says_how_to_continue_it_wherever_it_is(tmp_path, name) -> None:
+    """The command that is named runs both jobs in the same folder."""
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", STOPPED, name, str(CONF), *arguments], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=120)
+
+    folder = "hydra.sweep.dir='" + name.replace("'", "\\'") + "'"
+    stopped = run("-m", "seed=3,4", "allow_targets=[mine]", folder)
+    assert stopped.returncode == 130, stopped.stderr
+    words = shlex.split(stopped.stdout.split("Continue with: ")[1])
     assert words[:2] == ["python", "train.py"]
     assert words[3:] == ["allow_targets=[mine]"]
-    monkeypatch.setattr(sys, "argv", words[1:])
-    command(job, CONF, "config")()
-    assert seen[1:] == [(3, seen[0][1]), (4, seen[0][1])]
-    assert seen[0] == (3, tmp_path / name)
+    went_on = run(*words[2:])
+    assert went_on.returncode == 0, went_on.stderr
+    seen = [json.loads(line) for line in (tmp_path / "ran.jsonl").read_text().splitlines()]
+    assert seen == [[seed, str(tmp_path / name)] for seed in (3, 3, 4)]
 
 
 def test_a_stored_command_line_grants_nothing(tmp_path) -> None:
