@@ -23,10 +23,8 @@ the same bits as a run that was never interrupted.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import itertools
 import json
@@ -39,16 +37,11 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from torch import nn
-from torchmetrics import Metric
 
 import qat
 from qat.compression.channels import pruned_shapes
@@ -57,6 +50,7 @@ from qat.deploy.checkpoint import read_manifest
 from qat.deploy.export import FORMATS, check_target, export, load_format, own_target
 from qat.deploy.streaming import missing, stream, visiting, without_weights
 from qat.errors import ConfigError, OverflowBoundError, QuantizationError, UnsupportedError
+from qat.pipeline.checks import check_fit, check_measures, check_vocabulary
 from qat.pipeline.evaluation import (
     channel_shapes,
     first_example,
@@ -69,16 +63,16 @@ from qat.pipeline.evaluation import (
     stored_bytes,
     weights_file,
 )
-from qat.pipeline.storage import AtomicCheckpointIO, load_weights, read_json, save_weights, write_text
+from qat.pipeline.fitting import Fitting
+from qat.pipeline.storage import load_weights, read_json, save_weights, write_text
 from qat.pipeline.teacher import OWN, check_cache, check_distillation, load_teacher, options, remember_teacher, taught
 from qat.reporting import Results, read_csv, report
 from qat.rewriter import Row
 from qat.runtimes import RuntimeTable, compare_runtimes
-from qat.training.averaging import WeightAverage
-from qat.training.build import build, check_arguments
+from qat.training.build import build
 from qat.training.data import ResumableData, stream_seed
 from qat.training.ladder import phases
-from qat.training.module import QuantizedTraining, call_network, shapes
+from qat.training.module import QuantizedTraining
 from qat.training.pretrained import rename_weights
 from qat.training.pruning import PruningSchedule
 
@@ -101,35 +95,6 @@ def quiet_exporters() -> Iterator[None]:
 
 class NotExported(QuantizationError):
     """Some of the formats that a run is exported to cannot hold its model."""
-
-
-def process_strategy(options: Mapping[str, Any]) -> str:
-    """Lightning's strategy for ``trainer`` options: processes that live as long as one training, or none.
-
-    A run is one process; only its trainings are shared. (Strategies that start the whole command again for each device
-    would run every stage several times in one folder.)
-
-    Raises:
-        ConfigError: another strategy, or several nodes.
-    """
-    strategy, devices = options.get("strategy") or "auto", options.get("devices", 1)
-    if strategy not in ("auto", "ddp_spawn", "ddp_fork"):
-        raise ConfigError(
-            f"trainer.strategy is {strategy!r}; a run shares its trainings with ddp_spawn (trainer.devices=2 chooses "
-            "it). For other strategies use QuantizedTraining under a trainer of your own."
-        )
-    if options.get("num_nodes", 1) != 1:
-        raise ConfigError("trainer.num_nodes: a run trains on one machine; use a trainer of your own for several.")
-    if strategy != "auto":
-        return str(strategy)
-    if devices in ("auto", -1, "-1"):
-        accelerated = options.get("accelerator") in ("auto", "gpu", "cuda")
-        count = torch.cuda.device_count() if accelerated and torch.cuda.is_available() else 1
-    elif isinstance(devices, str):
-        count = int(devices) if devices.isdigit() else len([d for d in devices.split(",") if d.strip()])
-    else:
-        count = len(devices) if isinstance(devices, list | tuple) else int(devices)
-    return "ddp_spawn" if count > 1 else "auto"
 
 
 class Run:
@@ -161,55 +126,12 @@ class Run:
         self.data: ResumableData = build(config["data"], "data")
         if not isinstance(self.data, L.LightningDataModule) or not hasattr(self.data, "calibration_dataloader"):
             raise ConfigError("data must build a LightningDataModule with a calibration_dataloader() method.")
-        options = config["trainer"]
-        check_arguments(L.Trainer, list(options), "trainer")
-        self.strategy = process_strategy(options)
-        if str(options.get("precision")) in ("16", "16-mixed") and options.get("gradient_clip_val") and (
-                config["optimizer"].get("fused")):
-            raise ConfigError("trainer.gradient_clip_val: a fused optimizer unscales gradients of 16-mixed too late "
-                              "to clip them. Set optimizer.fused=false, or trainer.precision=bf16-mixed.")
-        self.fast = bool(options.get("fast_dev_run"))
-        self.float_budget = self._budget(1.0)
-        self.extra_budget = self._budget(self.schedule["epochs"])
-        self.parts = self._parts(self.schedule.get("steps_per_batch", 1))
-        cuda = options.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        self.fitting = Fitting(config, folder, self.data, self.console)
+        self.fast = self.fitting.fast
+        self.float_budget, self.extra_budget = (self.fitting.budget(s) for s in (1.0, self.schedule["epochs"]))
+        self.parts = self.fitting.parts(self.schedule.get("steps_per_batch", 1))
+        cuda = config["trainer"].get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
-
-    def _budget(self, share: float) -> dict[str, int]:
-        """This share of the float training's length, as options of the trainer: epochs, steps, or what ends first.
-
-        Raises:
-            ConfigError: a length that is not a whole number of at least 1, or none at all.
-        """
-        budget = {}
-        for name in ("max_epochs", "max_steps"):
-            value = self.config["trainer"].get(name)
-            if value in (None, -1):  # Lightning's words for "no limit"
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"trainer.{name} must be a whole number of at least 1, not {value!r}.")
-            budget[name] = max(1, round(share * value))
-        if not budget:
-            raise ConfigError("How long is the training? Set trainer.max_epochs or trainer.max_steps to at least 1.")
-        return budget
-
-    def _parts(self, steps: Any) -> int:
-        """How many steps the quantized training makes of one of the data's batches.
-
-        Raises:
-            ConfigError: no whole number, or data whose batches cannot be divided by it.
-        """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ConfigError(f"schedule.steps_per_batch must be a whole number of at least 1, not {steps!r}.")
-        if steps == 1:
-            return 1
-        size = getattr(self.data, "batch_size", None)
-        if not isinstance(size, int):
-            raise ConfigError(f"schedule.steps_per_batch: {type(self.data).__name__} has no batch_size to divide; set "
-                              "it to 1.")
-        if size % steps:
-            raise ConfigError(f"schedule.steps_per_batch={steps} does not divide data.batch_size={size}.")
-        return steps
 
     def execute(self) -> Results:
         """Run what is not finished yet; returns the table.
@@ -227,8 +149,7 @@ class Run:
                 network = load_model(self.config, self.folder, "float", None)
             else:
                 network = build(self.config["model"], "model")
-            output = _check_fit(network, self._example)
-            self._check_measures(output)
+            check_measures(self.config, check_fit(network, self._example), self._first[1])
             prepared = qat.prepare(self._cut(network)[0], self.recipe, self._example, inplace=True)
             if self.pruning.masks:
                 attach(prepared, self.pruning)
@@ -273,27 +194,6 @@ class Run:
         self.console.print(results.render())
         return results
 
-    def _check_measures(self, output: Any) -> None:
-        """Try loss and metrics on what the network says of the first example.
-
-        Raises:
-            ConfigError: they cannot compare it with the example's target.
-        """
-        target = move(next(iter(self.data.calibration_dataloader()))[1], torch.device("cpu"))
-        first = first_example(target)
-        for where, config in (("loss", self.config["loss"]),
-                              *((f"metrics.{name}", metric) for name, metric in self.config["metrics"].items())):
-            measure_of = build(config, where)
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("error", "Using a target size", UserWarning)  # it would be broadcast
-                    measure_of.update(output, first) if isinstance(measure_of, Metric) else measure_of(output, first)
-            except (RuntimeError, TypeError, ValueError, IndexError, UserWarning) as error:
-                raise ConfigError(
-                    f"{where}: {type(measure_of).__name__} cannot compare what model gives, "
-                    f"{json.dumps(shapes(output))}, with the target that data gives, {json.dumps(shapes(first))}: "
-                    f"{str(error).strip().splitlines()[0]}") from error
-
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def _quantize(self) -> dict[str, Any]:
@@ -301,7 +201,7 @@ class Run:
         with without_weights():
             network = build(self.config["model"], "model")
         batches = list(self._inputs(self.schedule["calibration_batches"]))
-        _check_vocabulary(network, batches)
+        check_vocabulary(network, batches)
         self._rename(network)
         shown = self.console.is_terminal and not self.console.quiet
         with Progress(*Progress.get_default_columns(), console=self.console, transient=True, disable=not shown) as bar:
@@ -376,21 +276,7 @@ class Run:
         module.configure_model()
         load_weights(cast(nn.Module, module.network), weights_file(self.folder, "ptq"))
         pruning = [PruningSchedule(self.pruning)] if self.pruning.masks else []
-        with self._batches_in_parts():
-            return self._fit("qat", module, self.extra_budget, *phases(self.schedule), *pruning, parts=self.parts)
-
-    @contextlib.contextmanager
-    def _batches_in_parts(self) -> Iterator[None]:
-        """Each of the data's batches in ``schedule.steps_per_batch`` batches."""
-        if self.parts == 1:
-            yield
-            return
-        data, own = self.data, self.data.batch_size
-        data.batch_size = own // self.parts
-        try:
-            yield
-        finally:
-            data.batch_size = own
+        return self._fit("qat", module, self.extra_budget, *phases(self.schedule), *pruning, parts=self.parts)
 
     def _deploy(self) -> dict[str, Any]:
         prepared = self._load(self.prepared).to(self.device)
@@ -408,7 +294,7 @@ class Run:
 
         coverage, certificate = (read_json(self.folder / name) for name in ("coverage.json", "certificate.json"))
         page = report(
-            self.folder.resolve().name, results, coverage, certificate, self._curves(),
+            self.folder.resolve().name, results, coverage, certificate, self.fitting.curves(),
             (self.folder / "config.yaml").read_text(encoding="utf-8"),
         )  # fmt: skip
         write_text(self.folder / "report.html", page)
@@ -514,12 +400,16 @@ class Run:
         return load_model(self.config, self.folder, model, self._example)
 
     @functools.cached_property
+    def _first(self) -> tuple[Any, Any]:
+        """The inputs and the target of one example."""
+        self.data.setup()
+        inputs, target = next(iter(self.data.calibration_dataloader()))
+        return first_example(inputs), first_example(target)
+
+    @property
     def _example(self) -> Any:
         """The inputs of one example."""
-        self.data.setup()
-        return first_example(next(iter(self.data.calibration_dataloader()))[0])
-
-    # -- training ----------------------------------------------------------------------------------------------------
+        return self._first[0]
 
     def _module(
         self, recipe: Mapping[str, Any] | None, learning_rate: float, weight_decay: float = 1.0, learns: bool = False
@@ -551,165 +441,16 @@ class Run:
             compile=config["compile"],
         )
 
-    def _fit(
-        self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback,
-        parts: int = 1
-    ) -> dict[str, Any]:
-        """Train, continuing from the stage's last checkpoint if there is one, and save the weights.
-
-        ``parts``: as many batches hold the data of one that ``budget`` and the options of the trainer speak of.
-        """
-        folder, config = self.folder / stage, self.config
-        if "max_steps" in budget:
-            budget = {**budget, "max_steps": budget["max_steps"] * parts}
-        options = dict(
-            config["trainer"], max_epochs=budget.get("max_epochs"), max_steps=budget.get("max_steps", -1),
-            strategy=self.strategy,
-        )  # fmt: skip
-        for name in ("limit_train_batches", "val_check_interval"):  # a number of batches, or a share of an epoch
-            if isinstance(options.get(name), int):
-                options[name] *= parts
-        self._validate_at_the_end(options, budget)
-        progress = (
-            bool(options.pop("enable_progress_bar", True)) and self.console.is_terminal and not self.console.quiet
-        )
-        saving, stopping = config["checkpoint"], config["early_stopping"]
-        decay = config["weight_average"]["decay"]
-        keep_last = ModelCheckpoint(
-            folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=saving["every_n_steps"],
-            enable_version_counter=False,
-        )  # fmt: skip
-        keep_best = saving["monitor"] and ModelCheckpoint(
-            folder / "best", "best", monitor=saving["monitor"], mode=saving["mode"], enable_version_counter=False
-        )
-        loggers = self._loggers(folder)
-        try:
-            trainer = L.Trainer(
-                **options,
-                callbacks=[
-                    *([WeightAverage(decay)] if decay is not None else []),
-                    *callbacks,
-                    *([RichProgressBar(refresh_rate=5, leave=False)] if progress else []),
-                    *([EarlyStopping(**stopping)] if stopping["monitor"] else []),
-                    *([LearningRateMonitor("step")] if loggers and not self.fast else []),
-                    keep_last,
-                    *([keep_best] if keep_best else []),
-                ],
-                logger=loggers,
-                enable_progress_bar=progress,
-                enable_model_summary=False,
-                default_root_dir=folder,
-                plugins=[AtomicCheckpointIO()],
-            )
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            raise ConfigError(f"trainer: {error}") from error
-        last = folder / "checkpoints" / "last.ckpt"
-        try:
-            with warnings.catch_warnings():
-                # Lightning 2.6.6 makes a LeafSpec, which torch 2.13 deprecates; a user can do nothing about it.
-                warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-                resumed = last if last.exists() else None
-                with self._kept_outputs(module):
-                    trainer.fit(module, datamodule=self.data, ckpt_path=resumed, weights_only=True)
-        except SystemExit as stop:  # Lightning leaves this way on Ctrl-C
-            if trainer.interrupted:
-                raise KeyboardInterrupt from stop
-            raise
-        if keep_best and not self.fast:
-            if not (folder / "best" / "best.ckpt").exists():
-                raise ConfigError(f"checkpoint.monitor: no validation has measured {saving['monitor']} in stage "
-                                  f"{stage}, so there are no best weights. Lower trainer.val_check_interval, or leave "
-                                  "out checkpoint.monitor.")
-            best = AtomicCheckpointIO().load_checkpoint(folder / "best" / "best.ckpt", weights_only=True)
-            module.load_state_dict(best["state_dict"])
-        save_weights(cast(nn.Module, module.network), weights_file(self.folder, stage))
-        logged = trainer.callback_metrics.items()
-        length = {name.removeprefix("max_"): value for name, value in budget.items()}
-        return length | {k: round(float(v), 4) for k, v in logged if k.startswith("val_")}
-
-    def _validate_at_the_end(self, options: dict[str, Any], budget: Mapping[str, int]) -> None:
-        """Have a stage that is shorter than the trainer's interval of validation be validated at its end."""
-        epochs, interval = options.get("check_val_every_n_epoch"), options.get("val_check_interval")
-        if "max_steps" in budget:
-            batches = budget["max_steps"] * (options.get("accumulate_grad_batches") or 1)
-            if isinstance(interval, int):
-                options["val_check_interval"] = min(interval, batches)
-            elif interval is None and epochs == 1 and self.strategy == "auto":
-                self.data.setup("fit")
-                whole, limit = sized_len(self.data.train_dataloader()), options.get("limit_train_batches")
-                if whole is not None and isinstance(limit, int | float):
-                    whole = min(whole, int(whole * limit) if isinstance(limit, float) else limit)
-                if whole is not None and batches < whole:
-                    options["val_check_interval"] = batches
-        if isinstance(epochs, int) and "max_epochs" in budget:
-            options["check_val_every_n_epoch"] = min(epochs, budget["max_epochs"])
-
-    def _kept_outputs(self, module: QuantizedTraining) -> contextlib.AbstractContextManager[Any]:
-        """Where ``distill.cache`` asks for it, batches that hold what the teacher computes."""
-        if module.distiller is None or not self.distill["cache"]:
-            return contextlib.nullcontext()
-        return taught(self.data, module.distiller, self.distill["cache"], self.folder, self.device)
-
-    def _loggers(self, folder: Path) -> list[Logger]:
-        wanted = self.config["logger"]
-        loggers: list[Logger] = []
-        if wanted["csv"]:
-            loggers.append(CSVLogger(folder, name="csv"))
-        if wanted["tensorboard"]:
-            if importlib.util.find_spec("tensorboard") is None:
-                self.console.print("TensorBoard is not installed: no TensorBoard log (pip install tensorboard).")
-            else:
-                loggers.append(TensorBoardLogger(folder, name="tensorboard"))
-        return loggers
+    def _fit(self, stage: str, module: QuantizedTraining, budget: Mapping[str, int], *callbacks: L.Callback,
+             parts: int = 1) -> dict[str, Any]:
+        """Train; where ``distill.cache`` asks for it, on batches that hold what the teacher computes."""
+        kept = None
+        if module.distiller is not None and self.distill["cache"]:
+            kept = taught(self.data, module.distiller, self.distill["cache"], self.folder, self.device)
+        return self.fitting.fit(stage, module, budget, *callbacks, parts=parts, during=kept)
 
     def _inputs(self, count: int) -> Iterable[Any]:
         """The inputs of ``count`` batches of training data, the same ones each time."""
         for inputs, _ in itertools.islice(self.data.calibration_dataloader(), 1 if self.fast else count):
             yield move(inputs, self.device)
 
-    def _curves(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
-        """The logged values by quantity and stage; where a resumed run logged a step twice, the later value counts."""
-        curves: dict[str, dict[str, dict[float, float]]] = {}
-        for stage in ("float", "control", "qat"):
-            files = (self.folder / stage / "csv").glob("version_*/metrics.csv")
-            for path in sorted(files, key=lambda p: int(p.parent.name.removeprefix("version_"))):
-                with open(path, newline="", encoding="utf-8") as file:
-                    lines = list(csv.DictReader(file))
-                for step, name, value in ((row["step"], *item) for row in lines for item in row.items()):
-                    # One learning rate stands for all: the groups of parameters differ by a constant factor.
-                    if value and name not in ("step", "epoch") and not name.endswith(("/pg2", "/pg3")):
-                        title = "learning rate" if name.startswith("lr-") else name.replace("_", " ")
-                        curves.setdefault(title, {}).setdefault(stage, {})[float(step)] = float(value)
-        return {
-            title: {stage: sorted(points.items()) for stage, points in stages.items()}
-            for title, stages in curves.items()
-        }
-
-
-def _check_vocabulary(network: nn.Module, batches: Iterable[Any]) -> None:
-    """Refuse tokens that a language model without weights, which cannot be tried yet, has no embedding for.
-
-    Raises:
-        ConfigError: there are some.
-    """
-    table = getattr(network, "get_input_embeddings", lambda: None)()
-    tokens = [b for b in batches if isinstance(b, torch.Tensor) and not b.is_floating_point()]
-    greatest = max((int(b.max()) for b in tokens), default=0)
-    if isinstance(table, nn.Embedding) and greatest >= table.num_embeddings:
-        raise ConfigError(f"data gives token {greatest}, but the model knows tokens below {table.num_embeddings} only: "
-                          "set data.tokenizer to the folder of its own tokenizer.")
-
-
-def _check_fit(network: nn.Module, example: Any) -> Any:
-    """What the network says of one example of the data.
-
-    Raises:
-        ConfigError: it cannot take it (a wrong number of inputs or channels, say).
-    """
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            return call_network(network.eval(), example)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        said = json.dumps(shapes(example))
-        raise ConfigError(f"model: {type(network).__name__} cannot take the inputs that data gives, {said}: "
-                          f"{str(error).strip().splitlines()[0]}. Set the options of model= to fit data=.") from error

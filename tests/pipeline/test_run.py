@@ -11,7 +11,7 @@ from rich.console import Console
 import qat
 from qat.errors import CheckpointError, ConfigError
 from qat.pipeline import Run, run_config, stored_config
-from qat.pipeline.run import process_strategy
+from qat.pipeline.fitting import process_strategy
 from qat.reporting import read_csv
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -63,7 +63,7 @@ def test_the_control_has_the_budget_of_the_quantized_training(done):
         assert control["hyper_parameters"][name] == quantized["hyper_parameters"][name]
     for stage in ("control", "qat"):
         assert json.loads((run.folder / "stages" / f"{stage}.json").read_text())["epochs"] == 2
-    curves = run._curves()
+    curves = run.fitting.curves()
     assert {"float", "control", "qat"} <= curves["val accuracy"].keys()
 
 

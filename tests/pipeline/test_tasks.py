@@ -71,7 +71,7 @@ def test_a_language_model_runs_in_steps(language_model):
         assert said["val_bits_per_byte"] > 0
         checkpoint = torch.load(run.folder / stage / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["global_step"] == steps - steps % 3
-    assert {"float", "control", "qat"} <= run._curves()["val bits per byte"].keys()
+    assert {"float", "control", "qat"} <= run.fitting.curves()["val bits per byte"].keys()
     page = (run.folder / "report.html").read_text()
     assert "Bits per byte: lower is better." in page
     again = Run(stored_config(run.folder), run.folder, Console(quiet=True)).evaluate()
@@ -154,7 +154,7 @@ def test_best_weights_are_those_of_the_lowest_score(language_model):
     run._float()
     best = torch.load(run.folder / "float" / "best" / "best.ckpt", weights_only=True)
     [state] = [v for k, v in best["callbacks"].items() if "val_bits_per_byte" in k]
-    scores = [value for _, value in run._curves()["val bits per byte"]["float"]]
+    scores = [value for _, value in run.fitting.curves()["val bits per byte"]["float"]]
     assert float(state["best_model_score"]) == pytest.approx(min(scores))
     assert len(scores) == 4
 
