@@ -182,7 +182,8 @@ def attach(model: nn.Module, pruning: Pruning) -> dict[str, QuantizedModule]:
         _say(module, f"pruned: {pruning.method}")
     modules = quantized_modules(model)
     for name, reason in dense.items():
-        _say(modules[name], f"not pruned: {reason}")
+        if _quantizer(modules[name]).mask is None:      # else it keeps what it was pruned to before
+            _say(modules[name], f"not pruned: {reason}")
     return layers
 
 

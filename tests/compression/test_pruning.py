@@ -190,6 +190,18 @@ def test_unstructured_pruning_is_not_called_a_pattern() -> None:
     assert all(s["pattern"] is None for s in qat.convert(model, [x])[1].sparsity.values())
 
 
+def test_layers_are_pruned_one_call_after_another() -> None:
+    x = torch.randn(4, 12)
+    model = qat.prune(qat.prepare(zoo.mlp(), "w8a8", x), sparsity=0.8, exclude=["4"])
+    first = {name: mask.clone() for name, mask in masks(model).items()}
+    assert str(qat.coverage(model)).count("not pruned: excluded") == 1
+    qat.prune(model, sparsity=0.5, scope="layer", exclude=["0", "2"])
+    assert all(torch.equal(masks(model)[name], mask) for name, mask in first.items())
+    reasons = [module.plan.reason for module in quantized_modules(model).values()]
+    assert all("pruned: magnitude" in reason and "not pruned" not in reason for reason in reasons)
+    assert [module["share"] >= 0.4 for module in qat.sparsity(model).values()] == [True, True, True]
+
+
 def test_tied_weights_share_a_mask() -> None:
     model, x = pruned("tied", {"format": "int8", "learned": "lsq"}, sparsity=0.5)
     parts = quantized_modules(model)
