@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from qat.calibration.ranges import set_observing
 from qat.errors import ConfigError, nearest
@@ -390,7 +391,8 @@ class Distiller(nn.Module):
 
     Args:
         distillation: a `Distillation`, or its options as a dict.
-        teacher: float, prepared or deployed. It is put in eval mode and its parameters require no gradients any more.
+        teacher: float, prepared or deployed, in any dtype: what it is asked is cast to that. It is put in eval mode and
+            its parameters require no gradients any more.
         student: of the student's architecture, float or prepared; only looked at.
         example_inputs: one batch, to see how wide layers are and whether the two fit. Needed for ``hidden`` layers; the
             student runs on it once (as a copy), so it must be float or calibrated.
@@ -527,7 +529,7 @@ class Distiller(nn.Module):
             raise ConfigError("This distillation has no teacher any more, and the batch does not say what it computes.")
         hidden, attention = ([*dict.fromkeys(pairs.values())] for pairs in (self.hidden, self.attention))
         with torch.no_grad(), watching(teacher, hidden, attention) as said:
-            output = logits(_call(teacher, inputs))
+            output = logits(_call(teacher, _in_dtype_of(teacher, inputs)))
         if self.distillation.weight:
             said["logits"] = _tensor(output, "teacher")
         return said
@@ -617,6 +619,15 @@ def _call(network: nn.Module, inputs: Any) -> Any:
     return network(*inputs) if isinstance(inputs, tuple | list) else network(inputs)
 
 
+def _in_dtype_of(network: nn.Module, inputs: Any) -> Any:
+    """The inputs in the dtype that all float parameters of ``network`` have: a teacher may be in half precision."""
+    dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return inputs
+    [dtype] = dtypes
+    return pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
+
+
 def logits(output: Any) -> Any:
     """``output.logits`` where there are some (models of the transformers library); else the output."""
     return getattr(output, "logits", output)
@@ -656,8 +667,11 @@ def _tensor(output: Any, whose: str) -> Tensor:
     if isinstance(output, QuantizedTensor):
         output = output.dequantize()
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim == 0:
-        raise ConfigError(f"distill: the {whose} returns a {type(output).__name__}, not a tensor of logits. Set "
-                          "distill.weight=0 to learn from hidden layers alone.")  # fmt: skip
+        found = f"a {type(output).__name__}"
+        if isinstance(output, Tensor):
+            found += f" of {output.dtype} and shape {tuple(output.shape)}"
+        raise ConfigError(f"distill: the {whose} returns {found}, not a tensor of logits or an object that has them as "
+                          ".logits. Set distill.weight=0 to learn from hidden layers alone.")  # fmt: skip
     return output
 
 

@@ -35,6 +35,7 @@ from torchmetrics import Metric
 import qat
 from qat.calibration import processes
 from qat.calibration.ranges import activation_quantizers
+from qat.compression.distillation import Distiller
 from qat.compression.pruning import Pruning, attach
 from qat.deploy import Certificate
 from qat.errors import CheckpointError, ConfigError, PrepareError, nearest
@@ -430,7 +431,7 @@ def _find_network(module: nn.Module) -> str:
     if any(p is not None for p in module._parameters.values()):
         return ""
     children = [(name, child) for name, child in module.named_children()
-                if not isinstance(child, Metric) and any(True for _ in child.parameters())]
+                if not isinstance(child, Metric | Distiller) and any(True for _ in child.parameters())]
     if len(children) != 1:
         return ""
     name, child = children[0]

@@ -522,6 +522,25 @@ def test_looking_at_a_student_moves_none_of_its_ranges():
     assert student.training
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_dtype(dtype):
+    """Half precision saves the memory of a large teacher; the student and its data stay as they are."""
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+    x, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    narrow = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    parts = []
+    for teacher in (nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers)).to(dtype)):
+        distiller = qat.Distiller({"hidden": ["1"]}, teacher, narrow, x)
+        parts.append(distiller(narrow, x, target)[1])
+        assert distiller.ask(x)["logits"].dtype == next(teacher.parameters()).dtype
+    for name, value in parts[0].items():
+        torch.testing.assert_close(parts[1][name], value, rtol=0.05, atol=1e-3)
+        parts[1][name].backward(retain_graph=True)
+    distiller = qat.Distiller({}, nn.Sequential(*layers), copy.deepcopy(narrow).to(dtype), x.to(dtype))
+    assert distiller.ask(x.to(dtype))["logits"].dtype == torch.float32
+
+
 def test_a_prepared_teacher_does_not_observe():
     x = torch.randn(16, 6)
     teacher = prepared(mlp(), x)
