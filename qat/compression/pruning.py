@@ -217,7 +217,9 @@ def _choose(model: nn.Module, pruning: Pruning) -> tuple[dict[str, QuantizedModu
     for pattern in pruning.exclude:
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise PruneError(f"prune.exclude: {pattern!r} matches no quantized layer{nearest(pattern, modules)}")
-    multiplied = {m.plan.tied_to or n for n, m in modules.items() if m.plan.kind != "Embedding"}
+    owners = {n: m.plan.tied_to or n for n, m in modules.items()}       # a shared weight goes by all of its names
+    excluded = {owners[n] for n in modules if any(fnmatchcase(n, pattern) for pattern in pruning.exclude)}
+    multiplied = {owners[n] for n, m in modules.items() if m.plan.kind != "Embedding"}
     layers: dict[str, QuantizedModule] = {}
     dense: dict[str, str] = {}
     for name, module in modules.items():
@@ -226,7 +228,7 @@ def _choose(model: nn.Module, pruning: Pruning) -> tuple[dict[str, QuantizedModu
         fmt = _quantizer(module).spec.fmt
         matrix = _quantizer(module).shape
         assert matrix is not None
-        if any(fnmatchcase(name, pattern) for pattern in pruning.exclude):
+        if name in excluded:
             dense[name] = "excluded"
         elif name not in multiplied:
             dense[name] = "its rows are looked up, not multiplied"

@@ -210,6 +210,9 @@ def test_tied_weights_share_a_mask() -> None:
     fresh = qat.prepare(zoo.Tied(), zoo.every_layer({"format": "int8", "learned": "lsq"}), x)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.eval()(x), model(x))
+    for name in ("head", "table"):
+        kept = qat.prune(qat.prepare(zoo.Tied(), "w8a8", x), exclude=[name])
+        assert set(masks(kept)) == {"body"}, "a shared weight stays dense by any of its names"
     untied = zoo.Tied()
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
     alone = qat.prune(qat.prepare(untied, "w8a8", x))
