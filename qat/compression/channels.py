@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.compression.pruning import Pruning
 from qat.errors import PruneError, nearest
 from qat.modules.base import QuantizedModule
 from qat.modules.functional import Add, Concat
@@ -432,14 +433,13 @@ def prune_channels(model: nn.Module, example_inputs: Any, sparsity: float = 0.5,
         inplace: change ``model`` itself.
 
     Raises:
-        PruneError: the model is prepared, or compiled by TorchScript; no channel can go; a pattern without match.
+        PruneError: the model is prepared, or compiled by TorchScript; no channel can go; a pattern without match; an
+            option that means nothing.
     """
     if is_prepared(model) or any(isinstance(m, QuantizedModule) for m in model.modules()):
         raise PruneError("this model is prepared: prune the channels of the float model, then prepare it")
     check_open(model, PruneError)
-    if not 0 <= sparsity < 1 or multiple_of < 1:
-        raise PruneError(f"sparsity is a share from 0 to below 1 and multiple_of at least 1, not {sparsity} and "
-                         f"{multiple_of}")
+    Pruning.from_dict({"method": "channels", "sparsity": sparsity, "multiple_of": multiple_of, "exclude": exclude})
     if not inplace:
         model = copy.deepcopy(model)
     found = Dependencies(model, trace_by_running(model, example_inputs))

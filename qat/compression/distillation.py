@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils import _pytree as pytree
 
 from qat.calibration.ranges import set_observing
 from qat.errors import ConfigError, nearest
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.numerics.tensor import QuantizedTensor
+from qat.rewriter import check_open
 from qat.tracing import uncompiled
 
 Said = dict[str, Tensor]
@@ -349,8 +352,15 @@ def _layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _bare(network: nn.Module) -> nn.Module:
+    """The network itself, without what ``torch.compile`` or distributed training has wrapped around it."""
+    while isinstance(network, OptimizedModule | nn.parallel.DistributedDataParallel):
+        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
+    return network
+
+
 def _layer(network: nn.Module, name: str) -> nn.Module:
-    found = dict(network.named_modules(remove_duplicate=False))
+    found = dict(_bare(network).named_modules(remove_duplicate=False))
     if name not in found or not name:
         raise ConfigError(f"distill: there is no layer {name!r}{nearest(name, found) or '.'}")
     return found[name]
@@ -390,14 +400,16 @@ class Distiller(nn.Module):
 
     Args:
         distillation: a `Distillation`, or its options as a dict.
-        teacher: float, prepared or deployed. It is put in eval mode and its parameters require no gradients any more.
+        teacher: float, prepared or deployed, in any dtype: what it is asked is cast to that. It is put in eval mode and
+            its parameters require no gradients any more.
         student: of the student's architecture, float or prepared; only looked at.
         example_inputs: one batch, to see how wide layers are and whether the two fit. Needed for ``hidden`` layers; the
             student runs on it once (as a copy), so it must be float or calibrated.
         seed: of the projections' first values.
 
     Raises:
-        ConfigError: layers that are not there, shapes that do not fit, a teacher that shares weights with the student.
+        ConfigError: layers that are not there, shapes that do not fit, a teacher that shares weights with the student,
+            or whose named layers TorchScript has compiled.
     """
 
     def __init__(
@@ -420,7 +432,11 @@ class Distiller(nn.Module):
             self.attention = _pair_attention(student, teacher)
         elif distillation.attention_weight:
             self.attention = dict(distillation.attention)  # type: ignore[arg-type]
-        teacher.eval().requires_grad_(False)
+        if self.hidden or self.attention:
+            check_open(_bare(teacher), ConfigError)
+        teacher.eval()
+        for parameter in teacher.parameters():  # one by one: a module of TorchScript cannot be told as a whole
+            parameter.requires_grad_(False)
         set_observing(teacher, False)
         anchor = next(itertools.chain(student.parameters(), student.buffers()), None)
         if anchor is not None:
@@ -526,8 +542,8 @@ class Distiller(nn.Module):
         if teacher is None:
             raise ConfigError("This distillation has no teacher any more, and the batch does not say what it computes.")
         hidden, attention = ([*dict.fromkeys(pairs.values())] for pairs in (self.hidden, self.attention))
-        with torch.no_grad(), watching(teacher, hidden, attention) as said:
-            output = logits(_call(teacher, inputs))
+        with torch.no_grad(), watching(teacher, hidden, attention) as said, _in_its_dtype(teacher, inputs) as given:
+            output = logits(_call(teacher, given))
         if self.distillation.weight:
             said["logits"] = _tensor(output, "teacher")
         return said
@@ -617,6 +633,20 @@ def _call(network: nn.Module, inputs: Any) -> Any:
     return network(*inputs) if isinstance(inputs, tuple | list) else network(inputs)
 
 
+@contextmanager
+def _in_its_dtype(network: nn.Module, inputs: Any) -> Iterator[Any]:
+    """The inputs in the dtype that all float parameters of ``network`` have. Inside the block, narrow ones are not
+    autocast to another narrow one."""
+    parameters = [p for p in network.parameters() if p.is_floating_point()]
+    if len({p.dtype for p in parameters}) != 1:
+        yield inputs
+        return
+    dtype, kind = parameters[0].dtype, parameters[0].device.type
+    given = pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
+    with nullcontext() if dtype == torch.float32 else torch.autocast(kind, enabled=False):
+        yield given
+
+
 def logits(output: Any) -> Any:
     """``output.logits`` where there are some (models of the transformers library); else the output."""
     return getattr(output, "logits", output)
@@ -656,8 +686,11 @@ def _tensor(output: Any, whose: str) -> Tensor:
     if isinstance(output, QuantizedTensor):
         output = output.dequantize()
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim == 0:
-        raise ConfigError(f"distill: the {whose} returns a {type(output).__name__}, not a tensor of logits. Set "
-                          "distill.weight=0 to learn from hidden layers alone.")  # fmt: skip
+        found = f"a {type(output).__name__}"
+        if isinstance(output, Tensor):
+            found += f" of {output.dtype} and shape {tuple(output.shape)}"
+        raise ConfigError(f"distill: the {whose} returns {found}, not a tensor of logits or an object that has them as "
+                          ".logits. Set distill.weight=0 to learn from hidden layers alone.")  # fmt: skip
     return output
 
 
@@ -682,7 +715,7 @@ def _calls(said: Said, told: Said, kind: str, mine: str, theirs: str) -> list[tu
 
 
 def _pair_attention(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-    names = [[n for n, m in network.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    names = [[n for n, m in _bare(network).named_modules() if isinstance(m, nn.MultiheadAttention)]
              for network in (student, teacher)]  # fmt: skip
     for whose, found in zip(("student", "teacher"), names):
         if not found:

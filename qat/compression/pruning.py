@@ -34,7 +34,7 @@ METHODS = ("none", "magnitude", "movement", "nm_2_4", "nm_4_8", "channels")
 BLOCKS: dict[str, tuple[int, int]] = {"nm_2_4": (2, 4), "nm_4_8": (4, 8)}
 """Method -> (weights that stay, of so many neighbours)."""
 SHELTERED = 0.02
-"""Share of each layer's weights, the strongest ones, that global pruning leaves: no layer is cut off whole."""
+"""Share of each layer's weights, the strongest ones, that global pruning leaves, as far as the sparsity allows."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Pruning:
     Args:
         method: ``none``, ``magnitude``, ``movement``, ``nm_2_4``, ``nm_4_8`` (weights), or ``channels``.
         sparsity: share of the weights, or of the channels of each layer, that goes. N:M patterns say it themselves.
-        scope: ``global``: one ranking for all layers; ``layer``: each layer loses the same share.
+        scope: ``global``: one ranking for all layers, each of which keeps its strongest weight at least; ``layer``:
+            each layer loses the same share, a small one perhaps all.
         exclude: globs on layer names that stay dense (``channels``: keep their output channels).
         begin, end: fractions of the quantized training between which the sparsity grows.
         every_n_steps: optimizer steps between two updates of the masks.
@@ -152,7 +153,7 @@ def prune(model: nn.Module, method: str = "magnitude", sparsity: float = 0.5, sc
                   "channels": "whole channels leave the float model, before prepare: use qat.prune_channels",
                   "none": "method none prunes nothing"}[method]
         raise PruneError(remedy)
-    pruning = Pruning(method, sparsity, scope, tuple(exclude))
+    pruning = Pruning.from_dict({"method": method, "sparsity": sparsity, "scope": scope, "exclude": exclude})
     attach(model, pruning)
     set_sparsity(model, pruning, pruning.sparsity)
     return model
@@ -181,7 +182,8 @@ def attach(model: nn.Module, pruning: Pruning) -> dict[str, QuantizedModule]:
         _say(module, f"pruned: {pruning.method}")
     modules = quantized_modules(model)
     for name, reason in dense.items():
-        _say(modules[name], f"not pruned: {reason}")
+        if _quantizer(modules[name]).mask is None:      # else it keeps what it was pruned to before
+            _say(modules[name], f"not pruned: {reason}")
     return layers
 
 
@@ -215,7 +217,9 @@ def _choose(model: nn.Module, pruning: Pruning) -> tuple[dict[str, QuantizedModu
     for pattern in pruning.exclude:
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise PruneError(f"prune.exclude: {pattern!r} matches no quantized layer{nearest(pattern, modules)}")
-    multiplied = {m.plan.tied_to or n for n, m in modules.items() if m.plan.kind != "Embedding"}
+    owners = {n: m.plan.tied_to or n for n, m in modules.items()}       # a shared weight goes by all of its names
+    excluded = {owners[n] for n in modules if any(fnmatchcase(n, pattern) for pattern in pruning.exclude)}
+    multiplied = {owners[n] for n, m in modules.items() if m.plan.kind != "Embedding"}
     layers: dict[str, QuantizedModule] = {}
     dense: dict[str, str] = {}
     for name, module in modules.items():
@@ -224,7 +228,7 @@ def _choose(model: nn.Module, pruning: Pruning) -> tuple[dict[str, QuantizedModu
         fmt = _quantizer(module).spec.fmt
         matrix = _quantizer(module).shape
         assert matrix is not None
-        if any(fnmatchcase(name, pattern) for pattern in pruning.exclude):
+        if name in excluded:
             dense[name] = "excluded"
         elif name not in multiplied:
             dense[name] = "its rows are looked up, not multiplied"
@@ -271,11 +275,12 @@ def _ranks(layers: dict[str, QuantizedModule]) -> dict[str, Tensor]:
 
 def _global_masks(ranks: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """One ranking for all layers; the strongest weights of each layer stand above it."""
+    sheltered = min(SHELTERED, (1 - share) / 2)     # of what is to stay, half at most: the other half is ranked
     flat = []
     for rank in ranks.values():
         row = rank.flatten().clone()
         if row.numel():
-            safe = max(1, round(SHELTERED * row.numel()))
+            safe = max(1, int(sheltered * row.numel()))
             row[row.topk(safe).indices] = torch.inf
         flat.append(row)
     sizes = [row.numel() for row in flat]

@@ -151,6 +151,7 @@ class TeacherOutputs:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+            os.chmod(temporary, 0o755)  # several people may share a cache
             shapes = _write_table(Path(temporary) / TABLE, ask, examples, batch_size)
             sha256 = _digest_of_file(Path(temporary) / TABLE)
             about = {"format": FORMAT, "version": VERSION, **origin._asdict(), "columns": shapes, "sha256": sha256}

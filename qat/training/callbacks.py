@@ -244,25 +244,49 @@ def _check_batch_counts(trainer: L.Trainer) -> None:
         )
 
 
-def prepared_network(pl_module: L.LightningModule) -> nn.Module:
+def prepared_network(pl_module: L.LightningModule, callback: str = "QuantizationSchedule") -> nn.Module:
     """The prepared network of a module; :class:`~qat.errors.ConfigError` if it has none."""
     network = getattr(pl_module, "quantized_network", None)
     if network is None or not qat.is_prepared(network):
         raise ConfigError(
-            "QuantizationSchedule needs a prepared network: say qat.training.quantize(module, recipe), or give "
+            f"{callback} needs a prepared network: say qat.training.quantize(module, recipe), or give "
             "QuantizedTraining a recipe."
         )
     return network
 
 
+def position(trainer: L.Trainer) -> tuple[float, float]:
+    """The optimizer steps behind us and those of the whole run, infinite where it has no end.
+
+    Under manual optimization a batch may take any number of optimizer steps, so batches are counted, or steps if
+    ``max_steps`` ends the run before.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step, trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches * (trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf)
+    counts = [(trainer.fit_loop.epoch_loop.total_batch_idx + 1, batches)]
+    if trainer.max_steps > 0:
+        counts.append((trainer.global_step, trainer.max_steps))
+    return max(counts, key=lambda count: (count[0] / count[1], -count[1]))
+
+
+def total_steps(trainer: L.Trainer, needed_by: str) -> int:
+    """The optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: it has no end.
+    """
+    _, total = position(trainer)
+    if total == math.inf:
+        raise ConfigError(f"{needed_by} must know how long the training is, and this run has no end: set max_steps, or "
+                          "max_epochs where the data has a length.")
+    return int(total)
+
+
 def _progress(trainer: L.Trainer) -> float:
     """The fraction of the run that is behind us; 0 where the run has no end."""
-    if trainer.lightning_module.automatic_optimization:
-        return trainer.global_step / trainer.estimated_stepping_batches
-    # Under manual optimization a batch may take any number of optimizer steps, so batches are counted.
-    batches = trainer.num_training_batches * (trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf)
-    by_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    return max(by_batches / batches, trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0)
+    behind, total = position(trainer)
+    return behind / total
 
 
 @contextmanager

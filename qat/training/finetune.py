@@ -35,6 +35,8 @@ from torchmetrics import Metric
 import qat
 from qat.calibration import processes
 from qat.calibration.ranges import activation_quantizers
+from qat.compression.distillation import Distiller
+from qat.compression.pruning import Pruning, attach
 from qat.deploy import Certificate
 from qat.errors import CheckpointError, ConfigError, PrepareError, nearest
 from qat.modules.base import QuantizedModule, adopt, quantized_type
@@ -45,6 +47,7 @@ from qat.training.callbacks import QuantizationSchedule, compute_in_float, peek,
 from qat.training.data import stream_seed
 from qat.training.module import QuantizedTraining
 from qat.training.optimizers import give_scales_their_groups
+from qat.training.pruning import PruningSchedule
 from qat.training.sharding import gather, without_methods
 from qat.training.strategy import follow_strategy, will_shard
 
@@ -62,6 +65,7 @@ class Options:
     example_inputs: Any = None
     inputs: Callable[[Any], Any] | None = None
     adapters: Mapping[str, Any] | None = None
+    prune: Pruning | None = None
     scale_lr_factor: float = 0.1
     schedule: QuantizationSchedule = field(default_factory=QuantizationSchedule)
 
@@ -74,6 +78,7 @@ def quantize(
     example_inputs: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     adapters: Mapping[str, Any] | None = None,
+    prune: Pruning | Mapping[str, Any] | None = None,
     scale_lr_factor: float = 0.1,
     schedule: QuantizationSchedule | None = None,
 ) -> Module:
@@ -97,6 +102,10 @@ def quantize(
             ``training_step``, or under manual optimization its ``validation_step``.
         adapters: options of `qat.add_adapters`, such as ``{"rank": 8}``: the weights are frozen, and low-rank
             corrections are trained inside the quantizers.
+        prune: a `qat.Pruning`, or its options, such as ``{"method": "magnitude", "sparsity": 0.8}``: weights are masked
+            while they are trained, on the schedule of :class:`~qat.training.PruningSchedule`. One among the trainer's
+            callbacks takes precedence. Scores of movement pruning train at the rate of the group they are in, without
+            weight decay.
         scale_lr_factor: learned scales train at this multiple of the learning rate of the group they are in, without
             weight decay.
         schedule: None: a `QuantizationSchedule` with its defaults. One among the trainer's callbacks takes precedence.
@@ -104,6 +113,7 @@ def quantize(
     Raises:
         ConfigError: not a LightningModule; one that is quantized already; a network that does not exist.
         RecipeError: a recipe that cannot be read.
+        PruneError: options of pruning that mean nothing.
     """
     kind: Any = module if isinstance(module, type) else type(module)
     if not issubclass(kind, L.LightningModule):
@@ -120,8 +130,12 @@ def quantize(
     _check_adapters(adapters)
     if scale_lr_factor < 0:
         raise ConfigError(f"scale_lr_factor is a factor on the learning rate, not {scale_lr_factor}.")
+    pruning = prune if isinstance(prune, Pruning) else Pruning.from_dict(prune)
+    if pruning.method == "channels":
+        raise ConfigError("prune: whole channels leave the float network, before it is quantized: use "
+                          "qat.prune_channels.")
     options = Options(recipe, network, example_inputs, inputs, None if adapters is None else dict(adapters),
-                      float(scale_lr_factor), schedule or QuantizationSchedule())
+                      pruning if pruning.masks else None, float(scale_lr_factor), schedule or QuantizationSchedule())
     if isinstance(module, type):
         return cast(Module, _quantized_class(module, options))
     aware = adopt(QuantizationAware, cast(nn.Module, module))
@@ -187,11 +201,18 @@ class QuantizationAware(L.LightningModule):
                 qat.add_adapters(network, **options.adapters, inplace=True)
             with _example(self, network) as example:
                 qat.prepare(network, options.recipe, example, inplace=True)
+            self._qat_attach(network)
         trainer = self._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING and qat.is_prepared(network) and any(
                 not q.calibrated for q in activation_quantizers(network)):
             compute_in_float(network, True)  # in what Lightning runs before there are ranges, such as its summary
         follow_strategy(self, network)
+
+    def _qat_attach(self, network: nn.Module) -> None:
+        """Give the network its masks, if it is to be pruned, before there are optimizers and copies on processes."""
+        pruning = self._qat_options().prune
+        if pruning is not None:
+            attach(network, pruning)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -244,6 +265,7 @@ class QuantizationAware(L.LightningModule):
         if wanted["adapters"] is not None:
             qat.add_adapters(network, **wanted["adapters"], inplace=True)
         prepare_as(network, stored)
+        self._qat_attach(network)
 
     def _qat_back(self) -> nn.Module:
         """The float network again, in the place of the prepared one, with the same parameters."""
@@ -266,13 +288,20 @@ class QuantizationAware(L.LightningModule):
     # ------------------------------------------------------------------------------------------------ training
 
     def configure_callbacks(self) -> Any:
-        """The user's, and the schedule, unless there is one already."""
+        """The user's, and the schedules, unless there are such already."""
         own = super().configure_callbacks()
         callbacks = [own] if isinstance(own, L.Callback) else list(own)
         trainer: Any = self.trainer
-        given = next((c for c in (*trainer.callbacks, *callbacks) if isinstance(c, QuantizationSchedule)), None)
-        self.__dict__["_qat_schedule"] = given or self._qat_options().schedule
-        return callbacks if given is not None else [*callbacks, self._qat_options().schedule]
+        given = (*trainer.callbacks, *callbacks)
+        mine = self._qat_options().schedule
+        schedule = next((c for c in given if isinstance(c, QuantizationSchedule)), mine)
+        self.__dict__["_qat_schedule"] = schedule
+        if schedule is mine and mine not in given:
+            callbacks.append(mine)
+        pruning = self._qat_options().prune
+        if pruning is not None and not any(isinstance(c, PruningSchedule) for c in given):
+            callbacks.append(PruningSchedule(pruning))
+        return callbacks
 
     def on_train_start(self) -> None:
         """The user's. Lightning's tuners run without callbacks; then the ranges are found here."""
@@ -402,7 +431,7 @@ def _find_network(module: nn.Module) -> str:
     if any(p is not None for p in module._parameters.values()):
         return ""
     children = [(name, child) for name, child in module.named_children()
-                if not isinstance(child, Metric) and any(True for _ in child.parameters())]
+                if not isinstance(child, Metric | Distiller) and any(True for _ in child.parameters())]
     if len(children) != 1:
         return ""
     name, child = children[0]

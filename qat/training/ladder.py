@@ -12,7 +12,7 @@ import qat
 from qat.errors import ConfigError, SpecError, nearest
 from qat.numerics.formats import TensorSpec
 from qat.quantizers.quantizer import widened
-from qat.training.callbacks import QuantizationSchedule, prepared_network, training_inputs
+from qat.training.callbacks import QuantizationSchedule, position, prepared_network, total_steps, training_inputs
 from qat.training.data import stream_seed
 from qat.training.oscillation import Oscillations
 
@@ -59,7 +59,6 @@ class Ladder(L.Callback):
         self.rungs = [dict(rung) for rung in rungs]
         self.batches = batches
         self.rung: int | None = None  # not entered yet
-        self.total_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"rung": self.rung}
@@ -73,7 +72,7 @@ class Ladder(L.Callback):
         return {key: widths.get(key) for key in ("weight", "input")}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.total_steps = int(trainer.estimated_stepping_batches)
+        total_steps(trainer, "A ladder")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, QuantizationSchedule):
                 self.check_beside(callback)
@@ -87,7 +86,8 @@ class Ladder(L.Callback):
         Here and not when training starts: there, a resumed loader stands before this step's batch, here behind it as
         in an unbroken run. For loaders that shuffle by the global generator it is seeded from the step.
         """
-        progress = trainer.global_step / self.total_steps
+        behind, total = position(trainer)
+        progress = behind / total
         rung = sum(progress >= rung["until"] for rung in self.rungs)
         if rung != self.rung:
             with torch.random.fork_rng(devices=[]):

@@ -22,6 +22,7 @@ from qat.compression.teacher_outputs import Taught
 from qat.errors import ConfigError
 from qat.tracing import uncompiled
 from qat.training.build import build, plain
+from qat.training.callbacks import total_steps
 from qat.training.data import stream_seed
 from qat.training.strategy import follow_strategy
 
@@ -273,11 +274,13 @@ class QuantizedTraining(L.LightningModule):
             group["lr"] *= factors.get(group["role"], 1.0)
         if self.hparams["scheduler"] is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        # The question makes Lightning 2.6 set up the training loader before it restores the loader's position, which
-        # would be lost. Without a loader it sets one up again, at the right time.
-        self.trainer.fit_loop._combined_loader = None
-        config = {k: steps if v == "total_steps" else v for k, v in self.hparams["scheduler"].items()}
+        config = dict(self.hparams["scheduler"])
+        if "total_steps" in config.values():
+            steps = total_steps(self.trainer, "The scheduler")
+            config = {k: steps if v == "total_steps" else v for k, v in config.items()}
+            # The question makes Lightning 2.6 set up the training loader before it restores the loader's position,
+            # which would be lost. Without a loader it sets one up again, at the right time.
+            self.trainer.fit_loop._combined_loader = None
         scheduler = build(config, "scheduler", optimizer=optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

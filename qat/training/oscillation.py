@@ -19,7 +19,7 @@ from qat.errors import ConfigError
 from qat.modules.base import QuantizedModule
 from qat.numerics.tensor import QuantizedTensor
 from qat.rewriter import quantized_modules
-from qat.training.callbacks import prepared_network
+from qat.training.callbacks import prepared_network, total_steps
 from qat.training.sharding import placed
 
 
@@ -73,7 +73,7 @@ class Oscillations(L.Callback):
         return sum(int(state["frozen"].sum()) for state in self.history.values())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.total_steps, self._seen_step = int(trainer.estimated_stepping_batches), trainer.global_step
+        self.total_steps, self._seen_step = total_steps(trainer, "Oscillations"), trainer.global_step
         network = prepared_network(pl_module)
         computed = [n for n, m in _trained(network) if not isinstance(m._parameters.get("weight"), nn.Parameter)]
         if self.freeze_above is not None and computed:

@@ -204,8 +204,12 @@ def test_shared_layers_and_options() -> None:
         qat.prune_channels(Twice(), torch.randn(2, 4), exclude=["sam"])
     with pytest.raises(PruneError, match="excluded"):
         qat.prune_channels(Twice(), torch.randn(2, 4), exclude=["*"])
-    with pytest.raises(PruneError, match="share from 0"):
+    with pytest.raises(PruneError, match="from 0 to below 1"):
         qat.prune_channels(Twice(), torch.randn(2, 4), sparsity=1.0)
+    for wrong, message in (({"sparsity": "0.5"}, "share of weights"), ({"multiple_of": 1.5}, "whole number"),
+                           ({"exclude": "same"}, "list of layer names")):
+        with pytest.raises(PruneError, match=message):
+            qat.prune_channels(Twice(), torch.randn(2, 4), **wrong)
     prepared = qat.prepare(Twice(), "w8a8", torch.randn(2, 4))
     with pytest.raises(PruneError, match="prepared"):
         qat.prune_channels(prepared, torch.randn(2, 4))

@@ -426,6 +426,31 @@ def test_a_compiled_network_shows_its_layers():
     torch._dynamo.reset()
 
 
+def test_names_are_those_of_the_network_itself_whatever_is_wrapped_around_it():
+    net, x = mlp(), torch.randn(4, 6)
+    wrapped = torch.compile(net, backend="eager")
+    distiller = qat.Distiller({"hidden": ["1"]}, torch.compile(mlp(hidden=12), backend="eager"), wrapped, x)
+    assert distiller.check(net) is None
+    with watching(wrapped, ["1"]) as said:
+        wrapped(x)
+    assert torch.equal(said["hidden/1/0"], net[0](x).relu())
+    output, parts = distiller(wrapped, x)
+    assert torch.equal(output, net(x))
+    assert parts.keys() == {"logits", "hidden"}
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_teacher_of_torchscript_teaches_its_logits_alone():
+    student, teacher, x = mlp(), mlp(hidden=12).eval(), torch.randn(4, 6)
+    for compiled in (torch.jit.trace(copy.deepcopy(teacher), x), torch.jit.script(copy.deepcopy(teacher))):
+        distiller = qat.Distiller({}, compiled, student, x)
+        assert not any(p.requires_grad for p in compiled.parameters())
+        assert torch.equal(distiller.ask(x)["logits"], teacher(x))
+        with pytest.raises(ConfigError, match="compiled by TorchScript"):
+            qat.Distiller({"hidden": ["1"]}, compiled, student, x)
+
+
 def test_maps_of_a_softmax_module_and_what_is_no_map():
     class Attention(nn.Module):
         def __init__(self):
@@ -520,6 +545,29 @@ def test_looking_at_a_student_moves_none_of_its_ranges():
     Distiller({"hidden": ["1"]}, mlp(16), student, 1000 * x)
     assert all(torch.equal(before[n], v) for n, v in student.state_dict().items())
     assert student.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_dtype(dtype):
+    """Half precision saves the memory of a large teacher; the student and its data stay as they are."""
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+    x, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    narrow = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    parts = []
+    for teacher in (nn.Sequential(*layers), copy.deepcopy(nn.Sequential(*layers)).to(dtype)):
+        distiller = qat.Distiller({"hidden": ["1"]}, teacher, narrow, x)
+        parts.append(distiller(narrow, x, target)[1])
+        for precision in (None, torch.bfloat16):
+            with torch.autocast("cpu", precision, enabled=precision is not None):
+                told = distiller.ask(x)["logits"].dtype
+            assert told == (precision if precision and teacher[0].weight.dtype == torch.float32
+                            else teacher[0].weight.dtype)  # fmt: skip
+    for name, value in parts[0].items():
+        torch.testing.assert_close(parts[1][name], value, rtol=0.05, atol=1e-3)
+        parts[1][name].backward(retain_graph=True)
+    distiller = qat.Distiller({}, nn.Sequential(*layers), copy.deepcopy(narrow).to(dtype), x.to(dtype))
+    assert distiller.ask(x.to(dtype))["logits"].dtype == torch.float32
 
 
 def test_a_prepared_teacher_does_not_observe():

@@ -21,7 +21,14 @@ from qat.errors import ConfigError, PrepareError, PruneError
 from qat.numerics import packing
 from qat.pipeline.storage import load_weights, save_weights
 from qat.rewriter import quantized_modules
-from qat.training import PruningSchedule, QuantizationSchedule, QuantizedTraining, ResumableLoader
+from qat.training import (
+    PruningSchedule,
+    QuantizationSchedule,
+    QuantizedTraining,
+    ResumableLoader,
+    deploy,
+    quantize,
+)
 from qat.training.data import TensorExamples
 from qat.training.module import parameter_groups
 
@@ -129,6 +136,16 @@ def test_the_share_is_exact_and_the_least_go(scope: str, share: float) -> None:
         assert weights.max() <= border.sort().values[round(share * total)]
 
 
+def test_almost_everything_goes_but_no_layer_whole() -> None:
+    model = qat.prepare(zoo.mlp(), "w8a8", torch.randn(1, 12))
+    for share in (0.95, 0.985, 0.999, 0.99999):
+        found = masks(qat.prune(model, sparsity=share))
+        kept = {name: int(m.sum()) for name, m in found.items()}
+        total = sum(m.numel() for m in found.values())
+        assert min(kept.values()) >= 1
+        assert sum(kept.values()) <= total - round(share * total) + len(kept), kept
+
+
 def test_ties_empty_and_constant_weights() -> None:
     linear = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     nn.init.constant_(linear[0].weight, 0.25)
@@ -173,6 +190,18 @@ def test_unstructured_pruning_is_not_called_a_pattern() -> None:
     assert all(s["pattern"] is None for s in qat.convert(model, [x])[1].sparsity.values())
 
 
+def test_layers_are_pruned_one_call_after_another() -> None:
+    x = torch.randn(4, 12)
+    model = qat.prune(qat.prepare(zoo.mlp(), "w8a8", x), sparsity=0.8, exclude=["4"])
+    first = {name: mask.clone() for name, mask in masks(model).items()}
+    assert str(qat.coverage(model)).count("not pruned: excluded") == 1
+    qat.prune(model, sparsity=0.5, scope="layer", exclude=["0", "2"])
+    assert all(torch.equal(masks(model)[name], mask) for name, mask in first.items())
+    reasons = [module.plan.reason for module in quantized_modules(model).values()]
+    assert all("pruned: magnitude" in reason and "not pruned" not in reason for reason in reasons)
+    assert [module["share"] >= 0.4 for module in qat.sparsity(model).values()] == [True, True, True]
+
+
 def test_tied_weights_share_a_mask() -> None:
     model, x = pruned("tied", {"format": "int8", "learned": "lsq"}, sparsity=0.5)
     parts = quantized_modules(model)
@@ -181,6 +210,9 @@ def test_tied_weights_share_a_mask() -> None:
     fresh = qat.prepare(zoo.Tied(), zoo.every_layer({"format": "int8", "learned": "lsq"}), x)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.eval()(x), model(x))
+    for name in ("head", "table"):
+        kept = qat.prune(qat.prepare(zoo.Tied(), "w8a8", x), exclude=[name])
+        assert set(masks(kept)) == {"body"}, "a shared weight stays dense by any of its names"
     untied = zoo.Tied()
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
     alone = qat.prune(qat.prepare(untied, "w8a8", x))
@@ -252,6 +284,8 @@ def test_wrong_models() -> None:
         qat.prune(prepared, exclude=["44"])
     with pytest.raises(PruneError, match="nothing to prune: 0: excluded"):
         qat.prune(prepared, exclude=["*"])
+    with pytest.raises(PruneError, match="list of layer names"):
+        qat.prune(prepared, exclude="4")
     with pytest.raises(PruneError, match="PruningSchedule"):
         qat.prune(prepared, "movement")
     with pytest.raises(PruneError, match="prune_channels"):
@@ -392,6 +426,12 @@ def test_a_schedule_that_is_cut_short_is_said(tmp_path: Any) -> None:
         fit(module(pruning), pruning, tmp_path, Stop())
 
 
+def test_a_run_without_an_end_has_no_schedule(tmp_path: Any) -> None:
+    pruning = qat.Pruning("magnitude")
+    with pytest.raises(ConfigError, match="this run has no end: set max_steps"):
+        fit(module(pruning), pruning, tmp_path, epochs=-1)
+
+
 def test_the_schedule_wants_a_network_it_can_prune(tmp_path: Any) -> None:
     movement = qat.Pruning("movement")
     with pytest.raises(ConfigError, match="same prune="):
@@ -403,3 +443,89 @@ def test_the_schedule_wants_a_network_it_can_prune(tmp_path: Any) -> None:
     magnitude = qat.Pruning("magnitude")
     network = fit(module(None), magnitude, tmp_path).network  # masks made late are fine where nothing is trained for it
     assert qat.convert(network, [torch.randn(2, 1, 4, 4)])[1].total_sparsity >= 0.5
+
+
+class Users(L.LightningModule):
+    """A module that knows nothing of pruning; with ``steps`` it steps so many times a batch, by itself."""
+
+    def __init__(self, steps: int = 0) -> None:
+        super().__init__()
+        self.model, self.steps = Small(), steps
+        self.automatic_optimization = not steps
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if self.automatic_optimization:
+            return self.validation_step(batch, index)
+        optimizer: Any = self.optimizers()
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            self.manual_backward(self.validation_step(batch, index))
+            optimizer.step()
+        return None
+
+    def validation_step(self, batch: Any, index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
+
+
+def fit_users(folder: Any, pruning: Any, *callbacks: Any, steps: int = 0, seed: int = 0, checkpoint: Any = None) -> Any:
+    torch.manual_seed(seed)
+    users = quantize(Users(steps), "w4a4", prune=pruning, example_inputs=torch.zeros(1, 1, 4, 4))
+    trainer = L.Trainer(max_epochs=3, callbacks=list(callbacks), logger=False, enable_progress_bar=False,
+                        enable_model_summary=False, accelerator="cpu", default_root_dir=folder,
+                        num_sanity_val_steps=0, enable_checkpointing=bool(callbacks))  # fmt: skip
+    trainer.fit(users, loader(), loader(), ckpt_path=checkpoint, weights_only=True)
+    return users
+
+
+@pytest.mark.parametrize("method", ["magnitude", "movement", "nm_2_4"])
+def test_anybodys_module_is_pruned_by_one_option(method: str, tmp_path: Any) -> None:
+    options = {"method": method, "every_n_steps": 2, "end": 0.8}
+
+    def run(seed: int = 0, checkpoint: Any = None) -> Any:
+        saving = ModelCheckpoint(tmp_path / "live", "{step}", save_top_k=-1, every_n_train_steps=1,
+                                 enable_version_counter=False)  # fmt: skip
+        return fit_users(tmp_path, options, saving, seed=seed, checkpoint=checkpoint)
+
+    whole = run()
+    (tmp_path / "live").rename(tmp_path / "kept")
+    _, certificate = deploy(whole, loader())
+    assert certificate.equal
+    assert certificate.total_sparsity >= (0.3 if method == "nm_2_4" else 0.5)
+    roles = {g.get("role"): g for g in whole.optimizers().param_groups}
+    assert ("scores" in roles) == (method == "movement")
+    if method == "movement":
+        assert {k: roles["scores"][k] for k in ("lr", "weight_decay")} == {"lr": 1e-2, "weight_decay": 0.0}
+        assert all(bool(p.any()) for p in roles["scores"]["params"]), "the optimizer does not train the scores"
+    for step in (1, 5, 12, 14):
+        again = run(9, tmp_path / "kept" / f"step={step}.ckpt")
+        shutil.rmtree(tmp_path / "live")
+        expected, resumed = whole.state_dict(), again.state_dict()
+        assert expected.keys() == resumed.keys()
+        assert all(torch.equal(expected[k], resumed[k]) for k in expected), step
+    loaded = quantize(Users).load_from_checkpoint(tmp_path / "kept" / "step=15.ckpt", weights_only=True)
+    assert deploy(loaded, loader())[1].total_sparsity == certificate.total_sparsity
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("end", [0.3, 1.0])
+def test_the_schedule_arrives_under_manual_optimization(end: float, steps: int, tmp_path: Any) -> None:
+    """Several optimizer steps a batch may jump over any one of them."""
+    pruning = qat.Pruning("magnitude", 0.6, end=end, every_n_steps=4)
+    assert deploy(fit_users(tmp_path, pruning, steps=steps), loader())[1].total_sparsity >= 0.6
+
+
+def test_a_callback_of_the_users_own_comes_first(tmp_path: Any) -> None:
+    users = fit_users(tmp_path, {"method": "magnitude", "sparsity": 0.5}, PruningSchedule({"method": "magnitude",
+                                                                                         "sparsity": 0.8}))
+    assert [c.pruning.sparsity for c in users.trainer.callbacks if isinstance(c, PruningSchedule)] == [0.8]
+    assert deploy(users, loader())[1].total_sparsity > 0.79
+    with pytest.raises(ConfigError, match=r"qat\.prune_channels"):
+        quantize(Users(), "w8a8", prune={"method": "channels"})
+    with pytest.raises(PruneError, match="did you mean 'sparsity'"):
+        quantize(Users(), "w8a8", prune={"sparsty": 0.5})
+    with pytest.raises(ConfigError, match="PruningSchedule needs a prepared network"):
+        L.Trainer(max_epochs=1, callbacks=[PruningSchedule({"method": "magnitude"})], logger=False, accelerator="cpu",
+                  enable_progress_bar=False, enable_checkpointing=False).fit(Users(), loader(), loader())

@@ -1,6 +1,7 @@
 """A table of what a teacher computes: found by index, and used only for what it was made from."""
 
 import json
+import stat
 
 import datasets
 import pytest
@@ -74,6 +75,7 @@ def test_the_same_origin_gives_the_same_bytes_and_opens_again(tmp_path):
     assert torch.equal(again.fetch(torch.arange(21))["logits"], outputs.fetch(torch.arange(21))["logits"])
     made(tmp_path / "a", teacher=teacher)  # made at the same time by another process: the first one stays
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o755, "others cannot read a cache that they share"
 
 
 def test_digests_know_what_matters(tmp_path):

@@ -716,6 +716,29 @@ def test_a_network_that_the_user_has_compiled(tmp_path):
     assert torch.equal(module.eval()(X), loaded.eval()(X))
 
 
+def test_a_distiller_beside_the_network_is_no_part_of_it(tmp_path):
+    """Its projections are trained and saved with the module, but neither quantized nor deployed."""
+
+    class Taught(Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.distiller = qat.Distiller({"hidden": ["conv"]}, Network(6), self.model, X[:2])
+
+        def training_step(self, batch, batch_idx):
+            output, parts = self.distiller(self.model, *batch)
+            return self.distiller.combine(self.criterion(output, batch[1]), parts)
+
+    torch.manual_seed(0)
+    module = quantize(Taught(), "w8a8")
+    before = module.distiller.projections["conv"].weight.clone()
+    trainer(tmp_path).fit(module, loader(), loader())
+    assert module.quantized_network is module.model
+    assert not any(isinstance(m, QuantizedModule) for m in module.distiller.modules())
+    assert not torch.equal(module.distiller.projections["conv"].weight, before)
+    assert [name for name in module.state_dict() if "distiller" in name] == ["distiller.projections.conv.weight"]
+    assert deploy(module, loader())[1].equal
+
+
 def test_the_tuner_tries_the_quantized_network(tmp_path):
     """Lightning's tuner runs without callbacks, the schedule among them; afterwards all is as before."""
 
