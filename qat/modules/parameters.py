@@ -114,7 +114,8 @@ _METADATA = {
         "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
         "is_xpu", "is_sparse", "is_quantized", "is_leaf", "grad", "grad_fn", "itemsize", "nbytes", "is_nested")),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
-    Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, Tensor.is_inference, Tensor.data_ptr,
+    Tensor.stride, Tensor.storage_offset, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device,
+    Tensor.is_inference, Tensor.data_ptr,
     torch.is_floating_point, torch.is_complex, torch.numel, Tensor.is_shared, Tensor.is_pinned, Tensor.__hash__,
 }
 _TURNS = {"t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"}
@@ -502,6 +503,7 @@ class ParameterPart(Part):
 
     # ------------------------------------------------------------------------------------------------ reading
 
+    @torch.compiler.disable
     def read(self, func: Any, view: WeightView, args: Any, kwargs: Any) -> Any:
         """``func`` with this parameter among its arguments: on integers if it can be, else of the values."""
         read = _understood(func, view, args, kwargs)
@@ -651,8 +653,10 @@ class QuantizedParameters(Composite):
         """Nothing: calls of functions say it, not calls of the module."""
         return {}
 
+    @torch.compiler.disable
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward quantizes each parameter once, however often it reads it."""
+        """A forward quantizes each parameter once, however often it reads it; compilers, which cannot follow stand-ins,
+        leave it as it is."""
         blocks = [p.quantized_once() for p in self.parts.values() if isinstance(p, ParameterPart)]
         for block in blocks:
             block.__enter__()
