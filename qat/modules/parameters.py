@@ -668,7 +668,14 @@ class QuantizedParameters(Composite):
 
     def __getattr__(self, name: str) -> Any:
         part = self.__dict__.get("_modules", {}).get(f"{name}{SUFFIX}")
-        return part.view() if isinstance(part, ParameterPart) else super().__getattr__(name)
+        if not isinstance(part, ParameterPart) or _is_shared_out(self._parameters.get(name)):
+            return super().__getattr__(name)
+        return part.view()
+
+
+def _is_shared_out(parameter: Tensor | None) -> bool:
+    """Whether each process has a part of a parameter (a ``DTensor``): between forwards, when only FSDP2 asks for it."""
+    return hasattr(parameter, "_local_tensor")
 
 
 # ------------------------------------------------------------------------------------------------------- watching
