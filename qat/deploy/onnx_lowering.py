@@ -271,9 +271,7 @@ class Lowering:
             return False
         if bias is None:
             return True
-        grid = self._bias_grid(bias, step, self._worth_with(bias, step, weight))
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            steps = np.rint(bias / grid)
+        _, steps = self._bias_steps(bias, step, self._worth_with(bias, step, weight))
         whole = weight.dead | (np.abs(steps) < affine.INT32_STEPS)
         return bool((whole & (np.abs(steps) + self._greatest_sums(weight) < 2**31)).all())
 
@@ -320,9 +318,7 @@ class Lowering:
         """
         if self.target.bias == "float32":
             return self._const(bias, f"{self.layer}.bias")
-        grid = self._bias_grid(bias, step, worth)
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            codes = np.rint(bias / grid)
+        grid, codes = self._bias_steps(bias, step, worth)
         if not (np.abs(codes) + self._greatest_sums(weight) < 2**31).all():
             worst = int(np.nan_to_num(np.abs(codes), nan=np.inf).argmax())
             raise OverflowBoundError(
@@ -344,9 +340,11 @@ class Lowering:
         return np.where(weight.dead & (fine > affine.TINY), fine, weight.scale).astype(np.float32)
 
     @staticmethod
-    def _bias_grid(bias: np.ndarray, step: Any, worth: np.ndarray) -> np.ndarray:
-        """The step of each channel's accumulator, rounded as float32, (out,) float64."""
-        return np.broadcast_to((step * worth).astype(np.float32), bias.shape).astype(np.float64)
+    def _bias_steps(bias: np.ndarray, step: Any, worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The step of each channel's accumulator, (out,), and the bias in steps, divided in float32 as layers do."""
+        grid = np.broadcast_to((step * worth).astype(np.float32), bias.shape)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            return grid, np.rint(bias / grid).astype(np.float64)
 
     @staticmethod
     def _greatest_sums(weight: Integers) -> np.ndarray:

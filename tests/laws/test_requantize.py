@@ -46,9 +46,11 @@ class Residual(nn.Module):
 
 
 def shaken(model: nn.Module, seed: int) -> nn.Module:
-    """The model with batch norms as training leaves them, one dead channel and one whose gain is zero."""
+    """The model anew, with batch norms as training leaves them, one dead channel and one whose gain is zero."""
     torch.manual_seed(seed)
     for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
         if isinstance(module, nn.BatchNorm2d):
             with torch.no_grad():
                 module.weight.normal_()
@@ -177,6 +179,24 @@ def test_a_bias_beyond_int32_stays_what_it_is(scale: float, tmp_path: Path) -> N
     session, operators = onnxruntime(deployed, tmp_path / "m.onnx", x[:2], None)
     assert scale == 1e-38 or operators["MatMulInteger"] or operators["MatMulIntegerToFloat"]
     np.testing.assert_array_equal(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected.numpy())
+
+
+def test_biases_near_the_middle_between_two_steps(tmp_path: Path) -> None:
+    """Which of them is nearer depends on whether the quotient is rounded to float32, as it is in the layer."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 3000, 1)).eval(), images(8)
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)
+        model[0].bias.mul_(20.0)
+    model = qat.prepare(model, recipe(format="int8"), x)
+    deployed, _ = qat.convert(qat.calibrate(model, [x]), [x])
+    layer = quantized_modules(deployed)["0"]
+    step = layer.input_quantizer.scale * layer.quantized_weight().scale
+    exact = (layer.bias.double() / step.double()).round()
+    assert int(((layer.bias / step).round() != exact).sum()) > 2
+    for form in (None, "integer"):
+        session, _ = onnxruntime(deployed, tmp_path / "m.onnx", x[:2], form)
+        np.testing.assert_array_equal(session.run(None, {"input": x.numpy()})[0], deployed(x).numpy())
 
 
 def test_a_bias_is_split_into_steps_and_the_rest() -> None:
