@@ -198,7 +198,11 @@ def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, c
                     zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
     spec, fmt = grid.spec, grid.spec.fmt
-    g, codes = affine.blocks(g, spec).float(), affine.blocks(codes, spec)
+    values = x
+    if grid.floor is not None or grid.ceiling is not None:      # what was clamped may lie inside the grid all the same
+        values = x.clamp(grid.floor, grid.ceiling)
+        inside = affine.quantize_marking(values, scale, zero_point, spec)[1]
+    g, codes, values = (affine.blocks(t, spec) for t in (g.float(), codes, values.float()))
     inside = torch.ones((), dtype=torch.uint8, device=g.device) if inside is None else affine.blocks(inside, spec)
     shape = affine.scale_shape(x.shape, spec)
 
@@ -212,11 +216,6 @@ def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, c
     if fmt.grid == "sign":
         return reduce(levels.mul_(g)), None
     aligned = affine.aligned(scale, g, spec)
-    values = affine.blocks(x, spec).float()
-    if grid.floor is not None or grid.ceiling is not None:
-        values = values.clamp(grid.floor, grid.ceiling)
-        if grid.floor is not None:
-            inside = inside | (affine.blocks(x, spec) <= grid.floor).view(torch.uint8)
     if offset is not None:
         beta = affine.aligned(offset, g, spec)
         slope = (codes.float() - fmt.lo).sub_(((values - beta) / aligned).mul_(inside))
