@@ -463,13 +463,14 @@ class FewCalls:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (rows, in), or (..., in) with one row in all; float32 (..., out)."""
-        rows = x if x.dim() == 2 else x.view(1, -1)
+        rows = x.contiguous() if x.dim() == 2 else x.view(1, -1)    # the strides of codes follow those of values
         scale = affine.symmetric_scale(rows, self.spec) if self.scale is None else self.scale
         y = self.product(affine.quantize_to_bytes(rows, scale, self.offset, self.lo, self.hi), scale)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def of_codes(self, codes: Tensor) -> Tensor:
         """The same from codes (rows, in) of the fixed scale."""
+        codes = _matrix(codes)
         return self.product(codes.view(torch.uint8) ^ 128 if self.spec.fmt.signed else codes, self.scale)
 
     def product(self, values: Tensor, scale: Tensor | None) -> Tensor:
