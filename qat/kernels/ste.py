@@ -26,7 +26,7 @@ from qat.kernels.columns import added_up
 from qat.kernels.contract import Activation, Geometry, Weight
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.tensor import PackedTensor, QuantizedTensor
 
 SIGN_WINDOW = 1.25
 """Binary activations pass gradient where ``|x| <= SIGN_WINDOW * mean|x|``: one standard deviation of a Gaussian."""
@@ -397,16 +397,17 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x_carrier, w_carrier, gain, bias, call):
         # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
         nothing = call.x.codes.new_empty(0)
-        x, w = (replace(t, codes=nothing, carrier=None) for t in (call.x, call.w))
+        packed = isinstance(call.w, PackedTensor)       # of a frozen layer, which holds it anyway
+        x, w = (replace(t, codes=nothing, carrier=None) if t is call.x or not packed else t for t in (call.x, call.w))
         ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach(), kept=None)
-        ctx.save_for_backward(call.x.codes, call.w.codes)
+        ctx.save_for_backward(call.x.codes, None if packed else call.w.codes)
         return call.forward(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         call, needs, (x, w) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
-        call = replace(call, x=replace(call.x, codes=x), w=replace(call.w, codes=w))
+        call = replace(call, x=replace(call.x, codes=x), w=call.w if w is None else replace(call.w, codes=w))
         g_x, g_w = (_linear_gradients if call.geometry is None else _convolution_gradients)(call, g, needs[0], needs[1])
         g_gain = g_bias = None
         rest = [d for d in range(g.dim()) if d != (g.dim() - 1 if call.geometry is None else 1)]
