@@ -526,8 +526,12 @@ def coverage(model: nn.Module) -> Coverage:
     if state.functions is None:
         rows.append(Row("(function calls)", "function", "unobserved", "", "", 0, 0,
                         "seen when the model runs: give prepare example_inputs, or calibrate"))
-    return Coverage(tuple(replace(r, reason="; ".join(t for t in (r.reason, state.notes.get(r.name)) if t))
-                          for r in rows))
+    return Coverage(tuple(_noted(r, state.notes.get(r.name)) for r in rows))
+
+
+def _noted(row: Row, note: str | None) -> Row:
+    """A row with what calibration has to say."""
+    return replace(row, reason="; ".join(t for t in (row.reason, note) if t))
 
 
 def _quantized_rows(name: str, module: QuantizedModule, state: Prepared, seen: set[Any]) -> list[Row]:
@@ -548,7 +552,8 @@ def _parameter_rows(name: str, module: QuantizedParameters, state: Prepared, see
     rows = []
     for part in module.parts.values():
         own = f"{name}.{part.source.attribute}" if name else part.source.attribute
-        rows.append(_quantized_row(own, part, state.macs.get(own, 0), _part_params(part, seen)))
+        row = _quantized_row(own, part, state.macs.get(own, 0), _part_params(part, seen))
+        rows.append(_noted(row, state.notes.get(part.name)))
     rest = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in seen}
     if rest:
         seen.update(id(p) for p in rest.values())

@@ -317,7 +317,7 @@ def _excluded(modules: Mapping[str, QuantizedModule]) -> dict[str, str]:
             found[name] = f"its weight is that of {owners[quantizer]}"
         elif not _stored(module):
             found[name] = "its weight is computed at each call"
-        elif type(module).input_rows is QuantizedModule.input_rows:
+        elif not module.shows_rows:
             found[name] = f"a {module.plan.kind} does not show its inputs as rows"
     return found
 

@@ -88,7 +88,7 @@ class Columns:
             run: inputs in a run; the last one may be shorter.
         """
         indices, offsets = _bags(len(x), self.inputs, run)
-        values = x.detach().reshape(-1)
+        values = x.detach().reshape(-1).contiguous()       # of one row, or one input, the view may have strides
 
         def share(table: Tensor, part: slice) -> Tensor:
             bag: Any = getattr(torch.ops.quantized, BAGS[self.width])

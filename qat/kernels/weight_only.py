@@ -21,6 +21,7 @@ call. Training runs the same forward; its backward dequantizes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ def product(x: Tensor, w: QuantizedTensor, bias: Tensor | None, kernel: Weight |
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w.carrier, bias)):
         return _Product.apply(x, w.carrier, bias, w, kernel)
     return _forward(x, w, bias, kernel)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ w.T + bias`` of floats ``x`` (..., in) and ``w`` (out, in), by rows.
+
+    torch multiplies an input of more dimensions and unusual strides in one way or another, depending on whether the
+    weight requires a gradient; the last bits differ, and those of a deployed layer never do.
+    """
+    if torch.compiler.is_compiling():       # rows are the compiler's matter, and exporters look for this operator
+        return F.linear(x.contiguous(), w, bias)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return F.linear(rows, w, bias).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _forward(x: Tensor, w: QuantizedTensor, bias: Tensor | None, kernel: Weight | None) -> Tensor:
@@ -153,12 +166,11 @@ def _part(value: Any, part: slice) -> Any:
 
 
 def _blockwise(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    # torch multiplies strided inputs in one way or another, depending on whether the weight requires a gradient
     x = x.detach().contiguous()
     out, inputs = w.shape
     size = max(8, BLOCK // max(1, inputs) // 8 * 8)
     if out <= size or x.device.type != "cpu":
-        return F.linear(x, w.dequantize(x.dtype), bias)
+        return linear(x, w.dequantize(x.dtype), bias)
     y = x.new_empty(len(x), out)
     for start in range(0, out, size):
         rows = slice(start, min(out, start + size))

@@ -335,6 +335,11 @@ class QuantizedModule(nn.Module):
         """Give the float weight this value, in its own shape, wherever it lives."""
         overwrite(self, "weight", value)
 
+    @property
+    def shows_rows(self) -> bool:
+        """Whether :meth:`input_rows` can say."""
+        return type(self).input_rows is not QuantizedModule.input_rows
+
     def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
         """An input as the product sees it: (groups, rows, inputs), a row for each product with the weight matrix.
 

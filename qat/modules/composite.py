@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.kernels import ste
+from qat.kernels import ste, weight_only
 from qat.kernels.contract import Weight
 from qat.modules.base import LayerPlan, QuantizedModule, drop_float, overwrite
 from qat.numerics.tensor import QuantizedTensor
@@ -158,7 +157,7 @@ class Part(QuantizedModule):
         operand = operand or self.operand(x.dtype)
         if operand.codes is None:
             assert operand.values is not None
-            y = F.linear(self.float_input(x).contiguous(), operand.values, operand.bias)
+            y = weight_only.linear(self.float_input(x), operand.values, operand.bias)
             return y if dtype is None else y.to(dtype)
         codes = self.quantized_input(x)
         call = ste.Product(codes, operand.codes, operand.kernel, backward_dtype=self.backward_type(codes),

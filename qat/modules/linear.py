@@ -41,7 +41,7 @@ class LinearProduct(QuantizedModule):
         if self._one_row and self._is_one_row(x):
             return self._one_row(x)
         if self.calibrating or self.plan.weight is None:
-            return self.finish(F.linear(self.float_input(x), self.float_matrix(), self.bias))
+            return self.finish(weight_only.linear(self.float_input(x), self.float_matrix(), self.bias))
         weight = self.quantized_weight()
         if self.plan.input is None:
             return self.finish(weight_only.product(self.float_input(x), weight, self.bias, self.kernel_weight(weight)))

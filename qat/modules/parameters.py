@@ -15,6 +15,7 @@ Each expert has scales of its own: a parameter (..., out, in) is seen by its qua
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qat.kernels import activations, ste
+from qat.kernels import activations, ste, weight_only
 from qat.kernels.contract import Geometry, Weight
 from qat.modules.adapted import FACTORS, Adapted
 from qat.modules.base import LayerPlan, QuantizedModule, quantized_type
@@ -113,7 +114,8 @@ _METADATA = {
         "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
         "is_xpu", "is_sparse", "is_quantized", "is_leaf", "grad", "grad_fn", "itemsize", "nbytes", "is_nested")),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
-    Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, Tensor.is_inference, Tensor.data_ptr,
+    Tensor.stride, Tensor.storage_offset, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device,
+    Tensor.is_inference, Tensor.data_ptr,
     torch.is_floating_point, torch.is_complex, torch.numel, Tensor.is_shared, Tensor.is_pinned, Tensor.__hash__,
 }
 _TURNS = {"t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"}
@@ -286,6 +288,22 @@ class Read:
     def added(self) -> Tensor | None:
         return None if self.bias is None else self.arguments.get(self.bias)
 
+    @property
+    def vector(self) -> Tensor | None:
+        """What is added, where it is one number for each output of the weight."""
+        added = self.added
+        fits = added is not None and not self.left and tuple(added.shape) == (self.view.shape[-1],)
+        return added if fits else None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The activation (..., in), which is (..., in, columns) where the weight is the left operand; or back."""
+        return x.transpose(-1, -2) if self.left else x
+
+    def result(self, y: Tensor) -> Tensor:
+        """What the function returns, of the product with :meth:`rows` and :attr:`vector`."""
+        y = y.transpose(-1, -2).contiguous() if self.left else y     # in the order of the float product, for views
+        return y if self.added is None or self.vector is not None else y + self.added
+
     def again(self, x: Tensor) -> Tensor:
         """The function on values, with ``x`` for the activation."""
         own = self.input
@@ -375,6 +393,11 @@ def as_matrix(weight: Tensor, layout: str) -> Tensor:
     return weight.reshape(-1, weight.shape[-1])
 
 
+def _thread() -> int:
+    """The thread that runs; what a compiler follows is one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 class ParameterPart(Part):
     """The products with one parameter that functions read.
 
@@ -383,11 +406,11 @@ class ParameterPart(Part):
     """
 
     full_shape: tuple[int, ...]
-    _shared: dict[bool, QuantizedTensor] | None
+    _shared: dict[int, dict[bool, QuantizedTensor]]     # of the forward that each thread is in
 
     def __init__(self, owner: nn.Module, name: str, plan: LayerPlan, source: Source) -> None:
         nn.Module.__init__(self)
-        self._owner, self.source, self._shared = [owner], source, None
+        self._owner, self.source, self._shared = [owner], source, {}
         self.plan = plan
         self.full_shape = tuple(self.weight.shape)
         self.training = owner.training
@@ -420,25 +443,39 @@ class ParameterPart(Part):
     def channels(self, role: str) -> tuple[int, ...]:
         return (self.canonical_shape[-1],) if role == "input" and self.plan.layout in ("rows", "columns") else ()
 
+    @property
+    def shows_rows(self) -> bool:
+        return self.plan.layout in ("rows", "columns")      # where a convolution looks is not in its input
+
+    def input_rows(self, x: Tensor | QuantizedTensor) -> Tensor:
+        if not self.shows_rows:
+            return QuantizedModule.input_rows(self, x)
+        return self.float_input(x).reshape(1, -1, self.canonical_shape[-1])
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_shared": None}
+        return {**super().__getstate__(), "_shared": {}}
 
     @contextmanager
     def quantized_once(self) -> Iterator[None]:
-        """All views made inside the block are of one quantization of the parameter."""
-        before, self._shared = self._shared, {} if self._shared is None else self._shared
+        """All views that this thread makes inside the block are of one quantization of the parameter."""
+        thread = _thread()
+        if thread in self._shared:
+            yield
+            return
+        self._shared[thread] = {}
         try:
             yield
         finally:
-            self._shared = before
+            del self._shared[thread]
 
     def quantized_weight(self) -> QuantizedTensor:
-        if self._shared is None or self.frozen:
+        shared = self._shared.get(_thread())
+        if shared is None or self.frozen:
             return super().quantized_weight()
         key = torch.is_grad_enabled()
-        if key not in self._shared:
-            self._shared[key] = super().quantized_weight()
-        return self._shared[key]
+        if key not in shared:
+            shared[key] = super().quantized_weight()
+        return shared[key]
 
     def view(self) -> WeightView:
         """What readers of the parameter get."""
@@ -466,34 +503,40 @@ class ParameterPart(Part):
 
     # ------------------------------------------------------------------------------------------------ reading
 
+    @torch.compiler.disable
     def read(self, func: Any, view: WeightView, args: Any, kwargs: Any) -> Any:
         """``func`` with this parameter among its arguments: on integers if it can be, else of the values."""
         read = _understood(func, view, args, kwargs)
         if read is None:
             return func(*_plain(args), **_plain(kwargs))
-        return self(read.input, read)
+        if read.kind == "embedding":
+            return self._look_up(read.input, read)
+        x = read.rows(read.input)
+        if self.plan.weight is not None and read.kind != "convolution" and not read.view.turned:
+            return self._of_values(x, read)         # the sum runs over what the scales are for
+        return self(x, read)                        # with its hooks, which take rows of inputs
 
     def forward(self, x: Tensor, read: Read) -> Tensor:  # type: ignore[override]
-        """The product that ``read`` describes, with ``x`` for its activation."""
+        """The product that ``read`` describes, with ``x`` for the rows of its activation."""
         content = read.view.content
-        if read.kind == "embedding":
-            return self._look_up(x, read)
         if self.calibrating or not isinstance(content, QuantizedTensor) or self.plan.input is None:
-            values = self.float_input(x)
-            return read.again(values if self.calibrating else values.contiguous())
+            return self._of_values(self.float_input(x), read)
         if read.kind == "convolution":
             return self._convolve(x, content, read)
-        if not read.view.turned:        # the sum runs over what the scales are for
-            return read.again(x)
-        x = x.transpose(-1, -2) if read.left else x
         if read.kind == "grouped":
             return self._grouped(self.quantized_input(x), content, read.arguments["offs"])
-        y = self._multiply(self.quantized_input(x), content, read)
-        return y.transpose(-1, -2) if read.left else y
+        return read.result(self._multiply(self.quantized_input(x), content, read.vector))
 
-    def _multiply(self, x: QuantizedTensor, weight: QuantizedTensor, read: Read) -> Tensor:
-        bias = read.added
-        vector = bias if bias is not None and bias.dim() == 1 else None
+    def _of_values(self, x: Tensor, read: Read) -> Tensor:
+        """The product of rows with the values of the weight."""
+        if self.calibrating:
+            return read.again(read.rows(x))
+        if read.kind == "matmul" and read.view.dim() == 2:
+            return read.result(weight_only.linear(x, read.view.values().transpose(-1, -2), read.vector))
+        return read.again(read.rows(x).contiguous())
+
+    def _multiply(self, x: QuantizedTensor, weight: QuantizedTensor, vector: Tensor | None) -> Tensor:
+        """``x @ w.T + vector`` of codes (..., out, in)."""
         if len(weight.shape) == 2:
             y = self._matrix(x, weight, vector)
         elif weight.scale.shape[-1] > 1:            # integer partial sums for each group: matrix by matrix
@@ -503,7 +546,7 @@ class ParameterPart(Part):
             call = activations.Matmul(x, ste.transposed(dense), 1.0, self.backward_type(x))
             y = activations.matmul(call, self.result_dtype(x))
             y = y if vector is None else y + vector
-        return y if bias is None or vector is not None else y + bias
+        return y
 
     def _matrix(self, x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         """``x @ w.T + b`` for one matrix of codes (out, in)."""
@@ -610,8 +653,10 @@ class QuantizedParameters(Composite):
         """Nothing: calls of functions say it, not calls of the module."""
         return {}
 
+    @torch.compiler.disable
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward quantizes each parameter once, however often it reads it."""
+        """A forward quantizes each parameter once, however often it reads it; compilers, which cannot follow stand-ins,
+        leave it as it is."""
         blocks = [p.quantized_once() for p in self.parts.values() if isinstance(p, ParameterPart)]
         for block in blocks:
             block.__enter__()
@@ -623,7 +668,14 @@ class QuantizedParameters(Composite):
 
     def __getattr__(self, name: str) -> Any:
         part = self.__dict__.get("_modules", {}).get(f"{name}{SUFFIX}")
-        return part.view() if isinstance(part, ParameterPart) else super().__getattr__(name)
+        if not isinstance(part, ParameterPart) or _is_shared_out(self._parameters.get(name)):
+            return super().__getattr__(name)
+        return part.view()
+
+
+def _is_shared_out(parameter: Tensor | None) -> bool:
+    """Whether each process has a part of a parameter (a ``DTensor``): between forwards, when only FSDP2 asks for it."""
+    return hasattr(parameter, "_local_tensor")
 
 
 # ------------------------------------------------------------------------------------------------------- watching

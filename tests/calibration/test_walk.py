@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,29 @@ def test_input_rows_times_the_weight_is_the_layer(layer: nn.Module, shape: tuple
         expected = expected.transpose(0, 1).reshape(len(rows), -1, rows.shape[1])
     bias = layer.bias.detach().reshape(len(rows), -1, 1)
     torch.testing.assert_close(made + bias, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("table", "shape", "read"), [
+    ((5, 8), (3, 2, 8), lambda x, w: x @ w.t()), ((8, 5), (3, 2, 8), lambda x, w: x @ w),
+    ((5, 8), (3, 8, 2), lambda x, w: (w @ x).mT), ((2, 5, 8), (4, 8), lambda x, w: x @ w[0].t())])
+def test_input_rows_of_a_parameter_that_a_function_reads(table: tuple[int, ...], shape: tuple[int, ...], read) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(table))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return read(x, self.table)
+
+    torch.manual_seed(0)
+    x, seen = torch.randn(shape), []
+    model: Any = qat.prepare(Reads(), "w8a8", x)
+    qat.calibrate(model, [x])
+    part = model.table_product
+    part.register_forward_pre_hook(lambda module, args: seen.append(module.input_rows(args[0])))
+    expected = model(x)
+    made = seen[0] @ part.quantized_weight().dequantize().t()
+    torch.testing.assert_close(made[..., :5].reshape(expected.shape), expected)
 
 
 def test_a_placed_range_stands_still_and_codes_stay_what_they_were_chosen_to_be() -> None:

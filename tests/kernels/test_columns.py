@@ -68,6 +68,19 @@ def test_the_order_of_group_sums_does_not_depend_on_strides() -> None:
     torch.testing.assert_close(expected, x.sum(1))
 
 
+@pytest.mark.parametrize("shape", [(1, 33), (9, 1), (5, 33)])
+def test_values_of_any_strides(shape: tuple[int, int]) -> None:
+    """FBGEMM reads its weights one after another; flattened, one row or one column of a larger tensor has strides."""
+    integers, wide = drawn(-8, 7, 1, 5, shape[1]), torch.randn(*shape, 4)
+    made, x = Columns(integers), wide[..., 1]
+    expected = (x.double() @ integers.double().t()).float()
+    for values in (x, x.t().contiguous().t()):
+        got = made.sums(values, lambda sums, part: added_up(sums))
+        torch.testing.assert_close(got, expected)
+    w = QuantizedTensor(integers.to(torch.int8), torch.ones(5), None, TensorSpec("int4", "per_channel"))
+    torch.testing.assert_close(weight_only.product(x, w, None), expected)
+
+
 @pytest.mark.parametrize("bound", [4, 7, 15])
 def test_accumulators_beyond_float32(bound: int) -> None:
     """20,001 equal levels sum to more than 2**24; each run stays below, and the total is carried in float64."""

@@ -131,6 +131,19 @@ def test_shapes(form: str, recipe: dict[str, Any]) -> None:
         p.numel() for n, p in before.named_parameters() if "quantizer" not in n)
 
 
+@pytest.mark.parametrize(("queries", "keys", "batch"), [(1, 2, 1), (7, 5, 1), (1, 5, 3), (7, 1, 2)])
+def test_bits_of_weight_only_projections_do_not_depend_on_gradients(queries: int, keys: int, batch: int) -> None:
+    """Without ``batch_first`` the rows of one sample, or of one token, have strides that torch treats differently."""
+    model = attention(bias=False, batch_first=False)
+    query, key = torch.randn(queries, batch, 16), torch.randn(keys, batch, 16)
+    batches = [{"query": query, "key": key, "value": key, "need_weights": False}]
+    before = prepared(model, "w8a16", batches[0])
+    after, _ = qat.convert(before, batches)
+    got = before.eval()(**batches[0])[0]
+    assert got.requires_grad
+    assert torch.equal(got, after(**batches[0])[0])
+
+
 def test_every_product_is_an_integer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four projections and two products of activations run on the kernels, and none in floating point."""
     batch = self_inputs()

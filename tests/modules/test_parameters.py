@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ READS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[Any, Tensor],
     "@ T": ((OUT, IN), X, lambda m, x: x @ m.table.T + m.bias),
     "a vector": ((IN, OUT), (IN,), lambda m, x: x @ m.table),
     "from the left": ((OUT, IN), (IN, 5), lambda m, x: m.table @ x),
+    "from the left, a view of it": ((OUT, IN), (2, IN, IN), lambda m, x: (m.table @ x).view(2, -1)),
+    "addmm from the left": ((OUT, IN), (IN, OUT), lambda m, x: torch.addmm(m.bias, m.table, x)),
+    "addmm of a column": ((OUT, IN), (IN, 5), lambda m, x: torch.addmm(m.bias[:, None], m.table, x)),
+    "addmm of a number": ((IN, OUT), X, lambda m, x: torch.addmm(m.bias[:1], x, m.table)),
     "mm": ((OUT, IN), X, lambda m, x: x.mm(m.table.t())),
     "permuted": ((OUT, IN), X, lambda m, x: torch.matmul(x, m.table.permute(1, 0))),
     "many rows": ((OUT, IN), (2, 3, IN), lambda m, x: x @ m.table.transpose(0, 1)),
@@ -136,6 +141,67 @@ def test_near_the_float_model(name: str) -> None:
         expected, actual = model(x), after(x)
     assert expected.shape == actual.shape
     assert float((expected - actual).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("algorithm", ["smoothquant", "awq", "gptq", "adaround", "reconstruction", "bias_correction"])
+@pytest.mark.parametrize("name", ["linear", "@", "from the left", "expert by expert", "bmm", "conv1d", "conv2d"])
+@pytest.mark.filterwarnings("ignore:gptq saw fewer rows")
+def test_calibration_takes_them_like_layers(name: str, algorithm: str) -> None:
+    """Batches wait for each other inside of forwards, and codes change meanwhile."""
+    model, x = build(name)
+    batches = [x, torch.randn_like(x), torch.randn_like(x)]
+    prepared = qat.prepare(model, {**SCHEMES["static"], "calibration": [algorithm]}, x)
+    qat.calibrate(prepared, batches)
+    deployed, certificate = qat.convert(prepared, batches)
+    assert certificate.equal
+    with torch.no_grad():
+        error = float((deployed(x) - model(x)).norm() / model(x).norm())
+    assert error < 0.03
+    (row,) = [r for r in qat.coverage(prepared).rows if r.name == "table"]
+    assert row.reason
+
+
+def test_threads_do_not_share_a_forward() -> None:
+    """A forward that has begun in one thread leaves nothing behind in another."""
+    model, x = build("linear")
+    prepared: Any = zoo.prepared(model, SCHEMES["static"], [x])
+    (part,) = prepared.parts.values()
+    with torch.no_grad(), part.quantized_once():
+        before = part.quantized_weight()
+        assert part.quantized_weight() is before
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(part.quantized_weight).result() is not before
+    assert part.quantized_weight() is not before
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", {"rules": [{"input": {"format": "int8"}}]}], ids=["weights", "inputs"])
+@pytest.mark.parametrize("read", [
+    lambda m, x: F.linear(x, m.table), lambda m, x: x @ m.table.T, lambda m, x: m.table @ x.mT,
+    lambda m, x: torch.relu(x @ m.table.T) @ m.table], ids=["linear", "@", "left", "both ways"])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 1), (2, 5), (3, 20)])
+@pytest.mark.filterwarnings("ignore:group_size")
+def test_bits_do_not_depend_on_gradients(shape: tuple[int, int], read: Any, scheme: Any) -> None:
+    """torch multiplies batches in one way or another, depending on whether the weight requires a gradient."""
+    torch.manual_seed(0)
+    model = Reads((OUT, IN), read)
+    layouts = [torch.randn(*shape, IN), torch.randn(*shape[::-1], IN).transpose(0, 1),
+               torch.randn(shape[0], IN, shape[1]).transpose(1, 2)]
+    prepared = zoo.prepared(model, scheme, layouts)
+    deployed, _ = qat.convert(prepared, layouts)
+    for x in layouts:
+        assert prepared(x).requires_grad
+        assert torch.equal(prepared(x), deployed(x))
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w1a1"])
+def test_the_other_way_neither_ranges_nor_thresholds_are_touched(preset: str) -> None:
+    """A weight that is read transposed too is dequantized there: what it meets is no input of its products."""
+    torch.manual_seed(0)
+    model = Reads((OUT, IN), lambda m, x: 100 * (x @ m.table.T) @ m.table + x @ m.table.T @ m.table)
+    x = torch.randn(X)
+    prepared, _ = zoo.assert_parity(model, {"preset": preset, "edges": "same"}, x)
+    (part,) = prepared.parts.values()
+    assert part.input_quantizer.observer.high.max() <= x.abs().max()
 
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic", "learned", "affine"])

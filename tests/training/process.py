@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -274,6 +275,40 @@ def sharded(rank: int, folder: Path) -> Any:
     return found
 
 
+class Reads(nn.Module):
+    """Functions read its own parameter, one of a module inside, and the weight of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.experts = nn.Parameter(torch.randn(8, 8) * 0.3), nn.Linear(8, 8), nn.Module()
+        self.experts.stacked = nn.Parameter(torch.randn(2, 8, 8) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.layer(x) @ self.table) + F.linear(x, self.layer.weight)
+        return x @ self.experts.stacked[0] + x @ self.experts.stacked[1].T
+
+
+def sharded_parameters(rank: int, folder: Path) -> Any:
+    """FSDP2 of parameters that functions read: the steps of one process with the whole batch, and parity."""
+    found = []
+    for parts in (WORLD, 1):
+        torch.manual_seed(5)
+        batches = [torch.randn(6, 8) for _ in range(4)]
+        model = qat.prepare(Reads(), "w4a8", batches[0])
+        if parts > 1:
+            qat.calibrate(shard(model), batches[rank::parts])
+        else:
+            qat.calibrate(model, batches, merge=None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for x in batches:
+            optimizer.zero_grad()
+            model.train()(x.chunk(parts)[rank if parts > 1 else 0]).square().mean().backward()
+            optimizer.step()
+        share, whole = kept(model), gather(model)
+        found.append({"state": state(whole), "kept": share, "equal": qat.convert(whole, batches)[1].equal})
+    return found
+
+
 class EachStep(EachEpoch):
     """And the scales of each step, and how much of the weights is here then."""
 
@@ -475,7 +510,7 @@ def strategy_refused(rank: int, folder: Path) -> Any:
 
 
 SCENARIOS = (dealt_out, one_is_empty, errors, ignored, batch_norm, training, ranges_in_training, resumed, synchronized,
-             uneven, sharded, strategy, strategy_resumed, strategy_with_callbacks,
+             uneven, sharded, sharded_parameters, strategy, strategy_resumed, strategy_with_callbacks,
              strategy_of_own_modules, strategy_refused)
 
 

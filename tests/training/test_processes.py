@@ -287,6 +287,15 @@ def test_model_parallel_strategy_resumes_an_optimizer_without_state(found) -> No
     assert_same(ends["Own.body"]["end"], again)
 
 
+def test_parameters_that_functions_read_can_be_sharded(found) -> None:
+    for shared, alone in found["sharded_parameters"]:
+        assert shared["kept"] < 0.6
+        assert shared["equal"]
+        assert_close(shared["state"], alone["state"])
+    (one, _), (two, _) = found["sharded_parameters"]
+    assert_same(one["state"], two["state"])
+
+
 def test_what_cannot_be_sharded_is_refused_on_all(found) -> None:
     for said in found["strategy_refused"]:
         assert said["flat"].startswith("ConfigError: FSDPStrategy cannot train a quantized network")
