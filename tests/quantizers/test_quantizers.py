@@ -98,13 +98,14 @@ def test_observers_do_not_depend_on_empty_batches(name: str) -> None:
 @pytest.mark.parametrize("name", ["percentile", "mse", "entropy"])
 def test_histograms_do_not_depend_on_the_order(name: str) -> None:
     spec = TensorSpec("uint8", observer=name, percentile=99.0).for_activation()
-    parts = [torch.randn(500), torch.randn(500) * 30, torch.rand(500) * 0.01]
+    parts = [torch.randn(500), torch.randn(500) * 30, torch.rand(500) * 0.01, torch.full((500,), 1e-43)]
     found = []
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
         observer = make_observer(spec)
         for i in order:
             observer.observe(parts[i])
-        assert float(observer.histogram.sum()) == 1500
+        assert float(observer.histogram.sum()) == 2000
+        assert float(observer.width) < 0.2
         found.append(observer.qparams())
     for scale, zero_point in found[1:]:
         assert torch.equal(scale, found[0][0])
