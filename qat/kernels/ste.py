@@ -62,7 +62,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Gr
         zero_point: None, int or int32 tensor like ``scale``.
         offset: the real value of the lowest code, for ``lsq_plus``; gets a gradient.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, offset)):
         carrier, codes = _Quantize.apply(x, scale, offset, zero_point, grid)
     else:
         carrier, codes = None, _codes(x, scale, zero_point, grid)

@@ -290,6 +290,8 @@ def test_lsq_plus_gradients() -> None:
     assert 0 < int(inside.sum()) < 200
     close(g_scale, (g * (code - torch.where(inside, (x + 0.6) / 0.1, 0.0))).sum())
     close(g_offset, g[~inside].sum())
+    value = ste.quantize(x, scale.detach(), point, ste.Grid(spec, learned="lsq_plus"), offset).dequantize()
+    close(torch.autograd.grad(value, offset, g)[0], g_offset)       # where nothing else learns
 
 
 def test_pact_gradient_is_that_of_the_upper_clip() -> None:
