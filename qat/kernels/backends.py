@@ -191,8 +191,8 @@ class OneDNN(Backend):
         packed = w.cached("onednn", lambda: torch.ops.onednn.qlinear_prepack(w.once().contiguous(), None))
         w.release()
         return torch.ops.onednn.qlinear_pointwise(
-            values, 1.0, zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int64), bias,
-            1.0, 0, torch.float32, "none", [], "")
+            values, 1.0, zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int64),
+            None if bias is None else bias.contiguous(), 1.0, 0, torch.float32, "none", [], "")
 
     def convolution_accumulators(self, x: Activation, w: Weight, geometry: Geometry) -> Tensor:
         if w.accumulator_bound(x) >= 2**24:
@@ -219,8 +219,9 @@ class OneDNN(Backend):
             w.levels.contiguous(), _ones(w, out), 1.0, x_zero_point, stride, padding, dilation, geometry.groups,
             list(values.shape)))
         y = torch.ops.onednn.qconv_pointwise(
-            values, 1.0, x_zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int32), bias,
-            stride, padding, dilation, geometry.groups, scale, zero_point, dtype, "none", [], "")
+            values, 1.0, x_zero_point, packed, multiplier.expand(out).contiguous(), _zeros(w, out, torch.int32),
+            None if bias is None else bias.contiguous(), stride, padding, dilation, geometry.groups, scale, zero_point,
+            dtype, "none", [], "")
         return y.contiguous() if plain else y
 
 
@@ -286,7 +287,7 @@ class IntMM(Backend):
         if values.numel() == 0 or flat.numel() == 0:
             return torch.zeros(rows, out, dtype=torch.int32, device=values.device)
         if values.device.type != "cuda":
-            return torch._int_mm(values, flat.t())
+            return torch._int_mm(_matrix(values), _matrix(flat).t())
         more_rows, more_in, more_out = _cuda_padding(rows, inputs, out)
         if more_rows or more_in:
             values = F.pad(values, (0, more_in, 0, more_rows))
@@ -332,8 +333,7 @@ class IntMM(Backend):
             right = F.pad(right.transpose(1, 2), (0, more_k, 0, more_n)).transpose(1, 2)  # columns side by side
             acc = torch.stack([torch._int_mm(x, y)[:m, :n] for x, y in zip(left, right)])
         elif acc.numel():
-            left = left.contiguous()
-            right = right if right.transpose(1, 2).is_contiguous() else right.contiguous()
+            left, right = _packed(left), _matrix(right)
             for x, y, out in zip(left, right, acc):
                 torch._int_mm(x, y, out=out)
         return acc.reshape(shape)
@@ -356,6 +356,20 @@ class IntMM(Backend):
             results.append(self.linear_accumulators(Activation(matrix, x.zero_point, x.bound), block))
         acc = torch.cat(results, 1) if groups > 1 else results[0]
         return acc.reshape(batch, *spatial, out).movedim(-1, 1)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """``x`` contiguous, and with the strides of such a tensor along dimensions of one element too."""
+    return x.contiguous().view(-1).view(x.shape)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Matrices (..., m, n) whose rows, or whose columns, lie side by side.
+
+    On CPUs ``torch._int_mm`` reads other strides wrongly: those of expanded tensors and of every n-th value, and even
+    the one that means nothing, along a dimension of one element.
+    """
+    return x if x.transpose(-1, -2).is_contiguous() and not x.is_contiguous() else _packed(x)
 
 
 def _cuda_padding(rows: int, inputs: int, out: int) -> tuple[int, int, int]:
@@ -434,7 +448,7 @@ class FewCalls:
         shift = 128 if fmt.signed else 0
         self.spec, self.scale, self.offset = spec, scale, torch.tensor(float(zero_point + shift))
         self.lo, self.hi = fmt.lo + shift, fmt.hi + shift
-        self.columns = w.levels.t()
+        self.columns = _matrix(w.levels).t()
         self.taken_off = w.row_sums() * (zero_point + shift) if zero_point + shift else None
         if steps is not None:
             self.taken_off = (0 if self.taken_off is None else self.taken_off) - steps.to(torch.int32)
@@ -449,13 +463,14 @@ class FewCalls:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (rows, in), or (..., in) with one row in all; float32 (..., out)."""
-        rows = x if x.dim() == 2 else x.view(1, -1)
+        rows = x.contiguous() if x.dim() == 2 else x.view(1, -1)    # the strides of codes follow those of values
         scale = affine.symmetric_scale(rows, self.spec) if self.scale is None else self.scale
         y = self.product(affine.quantize_to_bytes(rows, scale, self.offset, self.lo, self.hi), scale)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def of_codes(self, codes: Tensor) -> Tensor:
         """The same from codes (rows, in) of the fixed scale."""
+        codes = _matrix(codes)
         return self.product(codes.view(torch.uint8) ^ 128 if self.spec.fmt.signed else codes, self.scale)
 
     def product(self, values: Tensor, scale: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from qat.kernels.columns import added_up
 from qat.kernels.contract import Activation, Geometry, Weight
 from qat.numerics import affine
 from qat.numerics.formats import TensorSpec
-from qat.numerics.tensor import QuantizedTensor
+from qat.numerics.tensor import PackedTensor, QuantizedTensor
 
 SIGN_WINDOW = 1.25
 """Binary activations pass gradient where ``|x| <= SIGN_WINDOW * mean|x|``: one standard deviation of a Gaussian."""
@@ -62,7 +62,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int | None, grid: Gr
         zero_point: None, int or int32 tensor like ``scale``.
         offset: the real value of the lowest code, for ``lsq_plus``; gets a gradient.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, offset)):
         carrier, codes = _Quantize.apply(x, scale, offset, zero_point, grid)
     else:
         carrier, codes = None, _codes(x, scale, zero_point, grid)
@@ -198,7 +198,11 @@ def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, c
                     zero_point: Tensor | int | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The gradients of a learned scale and offset, summed to the shape of ``scale``."""
     spec, fmt = grid.spec, grid.spec.fmt
-    g, codes = affine.blocks(g, spec).float(), affine.blocks(codes, spec)
+    values = x
+    if grid.floor is not None or grid.ceiling is not None:      # what was clamped may lie inside the grid all the same
+        values = x.clamp(grid.floor, grid.ceiling)
+        inside = affine.quantize_marking(values, scale, zero_point, spec)[1]
+    g, codes, values = (affine.blocks(t, spec) for t in (g.float(), codes, values.float()))
     inside = torch.ones((), dtype=torch.uint8, device=g.device) if inside is None else affine.blocks(inside, spec)
     shape = affine.scale_shape(x.shape, spec)
 
@@ -212,11 +216,6 @@ def scale_gradient(g: Tensor, inside: Tensor | None, x: Tensor, scale: Tensor, c
     if fmt.grid == "sign":
         return reduce(levels.mul_(g)), None
     aligned = affine.aligned(scale, g, spec)
-    values = affine.blocks(x, spec).float()
-    if grid.floor is not None or grid.ceiling is not None:
-        values = values.clamp(grid.floor, grid.ceiling)
-        if grid.floor is not None:
-            inside = inside | (affine.blocks(x, spec) <= grid.floor).view(torch.uint8)
     if offset is not None:
         beta = affine.aligned(offset, g, spec)
         slope = (codes.float() - fmt.lo).sub_(((values - beta) / aligned).mul_(inside))
@@ -398,16 +397,17 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x_carrier, w_carrier, gain, bias, call):
         # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
         nothing = call.x.codes.new_empty(0)
-        x, w = (replace(t, codes=nothing, carrier=None) for t in (call.x, call.w))
+        packed = isinstance(call.w, PackedTensor)       # of a frozen layer, which holds it anyway
+        x, w = (replace(t, codes=nothing, carrier=None) if t is call.x or not packed else t for t in (call.x, call.w))
         ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach(), kept=None)
-        ctx.save_for_backward(call.x.codes, call.w.codes)
+        ctx.save_for_backward(call.x.codes, None if packed else call.w.codes)
         return call.forward(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         call, needs, (x, w) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
-        call = replace(call, x=replace(call.x, codes=x), w=replace(call.w, codes=w))
+        call = replace(call, x=replace(call.x, codes=x), w=call.w if w is None else replace(call.w, codes=w))
         g_x, g_w = (_linear_gradients if call.geometry is None else _convolution_gradients)(call, g, needs[0], needs[1])
         g_gain = g_bias = None
         rest = [d for d in range(g.dim()) if d != (g.dim() - 1 if call.geometry is None else 1)]

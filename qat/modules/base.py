@@ -373,7 +373,8 @@ class QuantizedModule(nn.Module):
     def _unpack(self, spec: TensorSpec) -> None:
         packed = PackedTensor(self.weight_codes, tuple(self.weight_shape), self.weight_scale, self.weight_zero_point,
                               spec.for_weight())
-        self._codes = packed if self.stays_packed(spec) else packed.unpacked()
+        with torch.inference_mode(False):       # a later call may have a gradient to go through them
+            self._codes = packed if self.stays_packed(spec) else packed.unpacked()
 
     def stays_packed(self, spec: TensorSpec) -> bool:
         """Whether a frozen module unpacks its codes where they are asked for, instead of holding them unpacked too."""

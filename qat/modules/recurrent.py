@@ -420,20 +420,19 @@ class _ThroughTime(torch.autograd.Function):
         # what was kept goes into the graph's saved tensors, which are freed as soon as this node's backward has run
         lists = [sweep.kept, *(p.records for p in parts)]
         flat = [t for kept in lists for step in kept for t in step]
-        ctx.save_for_backward(*flat)
+        ctx.save_for_backward(*(p.operand.values for p in parts), *flat)
         ctx.widths = [len(kept[0]) for kept in lists]
         sweep.kept = None
         for part in parts:
             part.records, part.watched = [], None
         ctx.sweep, ctx.parts, ctx.count = sweep, parts, count
-        ctx.operands = [p.operand for p in parts]
         return (output, *state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_output, *g_state):
-        sweep, parts, saved = ctx.sweep, ctx.parts, list(ctx.saved_tensors)
-        lists = []
+        sweep, parts, lists = ctx.sweep, ctx.parts, []
+        saved = list(ctx.saved_tensors[len(parts) :])       # before them, weights in floating point, seen unchanged
         for width in ctx.widths:
             taken, saved = saved[: width * len(sweep.sizes)], saved[width * len(sweep.sizes) :]
             lists.append([tuple(taken[i : i + width]) for i in range(0, len(taken), width)])

@@ -301,9 +301,12 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _piecewise(x: Tensor, spec: TensorSpec) -> bool:
-    """Whether to go through ``x`` in pieces: large dense tensors on a CPU, outside of a compiler."""
+    """Whether to go through ``x`` in pieces: large dense tensors on a CPU, outside of a compiler.
+
+    Not through a single row, whose scales may lie along the dimension that would be cut.
+    """
     return (not torch.compiler.is_compiling() and x.numel() > 2 * PIECE and x.device.type == "cpu" and _dense(x)
-            and spec.fmt.grid != "sign" and spec.granularity != "per_group" and x.shape[0] > 1)
+            and spec.fmt.grid != "sign" and spec.granularity != "per_group" and x.dim() > 1 and x.shape[0] > 1)
 
 
 def _dense(x: Tensor) -> bool:

@@ -377,9 +377,8 @@ class HistogramObserver(Observer):
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         super().update(x, low, high)
         reach = float(torch.maximum(-low, high))
-        if reach == 0.0:
-            reach = float(affine.TINY) * BINS
-        needed = float(torch.ldexp(torch.ones(()), torch.frexp(torch.tensor(reach / (BINS // 2)))[1]))
+        least = max(reach / (BINS // 2), affine.TINY)       # what underflows would have no width
+        needed = float(torch.ldexp(torch.ones(()), torch.frexp(torch.tensor(least))[1]))
         if float(self.width) == 0.0:
             self.width.fill_(needed)
         self.widen(needed)

@@ -97,8 +97,11 @@ class Quantizer(KeepsPrecision):
         """Take ``x`` into account for the range."""
 
     def follow(self, x: Tensor) -> None:
-        """Observe ``x`` if the range is to follow the data now."""
-        if self.observing:
+        """Observe ``x`` if the range is to follow the data now.
+
+        What gradient checkpointing computes once more has been seen: in a backward no range moves.
+        """
+        if self.observing and torch._C._current_graph_task_id() == -1:
             self.observe(x)
 
     def placing(self, x: Tensor) -> tuple[Tensor, Tensor | int | None, ste.Grid, Tensor | None]:
@@ -346,7 +349,11 @@ class StaticQuantizer(Quantizer):
         if not self._calibrated:
             raise NotCalibratedError(f"{self.name or 'quantizer'} has no range yet: run qat.calibrate(model, batches) "
                                      "first, or use dynamic: true")
-        return self.scale, self.fixed_zero_point(), self.grid(), None
+        scale, zero_point = self.scale, self.fixed_zero_point()
+        if torch.is_grad_enabled():     # another forward may move the range before the backward of this one has run
+            scale = scale.clone()
+            zero_point = zero_point.clone() if isinstance(zero_point, Tensor) else zero_point
+        return scale, zero_point, self.grid(), None
 
     def freeze(self) -> Quantizer:
         """A quantizer with this scale and zero point and nothing else.

@@ -260,6 +260,41 @@ class TestContract:
             with pytest.raises(qat.QuantizationError, match="frozen already"):
                 after.freeze()
 
+    def test_a_frozen_module_passes_the_same_gradient(self, kind: type[nn.Module], scheme: str) -> None:
+        """To its inputs, even where it ran in inference mode before, as in a validation."""
+        _, result, x = self.prepared(kind, scheme)
+        frozen = copy.deepcopy(result.eval())
+        freeze(frozen)
+        with torch.inference_mode():
+            frozen(*x)
+        gradients = []
+        for module in (result, frozen):
+            leaves = pytree.tree_map(lambda t: t.clone().requires_grad_(t.is_floating_point()), x)
+            wanted = [t for t in pytree.tree_leaves(leaves) if t.requires_grad]
+            outputs = [t for t in pytree.tree_leaves(module(*leaves)) if isinstance(t, Tensor) and t.requires_grad]
+            gradients.append(torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs])
+                             if wanted else [])
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b)
+
+    def test_strides_of_the_input_do_not_matter(self, kind: type[nn.Module], scheme: str) -> None:
+        """The first half of a wider tensor, every second value of one, and dimensions in another order."""
+        _, result, x = self.prepared(kind, scheme)
+        result.eval()
+        frozen = copy.deepcopy(result)
+        freeze(frozen)
+        layouts: list[Callable[[Tensor], Tensor]] = [
+            lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]], lambda t: torch.stack([t, t], -1)[..., 1],
+            lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)]
+        for args in (x, pytree.tree_map(lambda t: t[:1], x)):
+            for layout in layouts:
+                strided = pytree.tree_map(layout, args)
+                for module in (result, frozen):
+                    with torch.no_grad():
+                        expected, got = (pytree.tree_leaves(module(*a)) for a in (args, strided))
+                    for a, b in zip(expected, got):
+                        torch.testing.assert_close(a, b)
+
     def test_repr_says_how_it_is_quantized(self, kind: type[nn.Module], scheme: str) -> None:
         _, result, x = self.prepared(kind, scheme)
         for model in (result, qat.convert(result, [x])[0]):

@@ -66,6 +66,59 @@ def test_linear_accumulators(backend: Backend, rows: int, inputs: int, out: int)
                                                   or not Columns.available()))
 
 
+def laid_out(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values of ``x``, or of its first row, in tensors of all kinds of strides."""
+    wide = torch.zeros(*x.shape, 3, dtype=x.dtype)
+    wide[..., 1] = x
+    ones = [7 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]
+    return {"every third value": wide[..., 1], "transposed": x.mT.contiguous().mT, "expanded": x[:1].expand(x.shape),
+            "rows with a gap": torch.cat([x, x], -1)[..., : x.shape[-1]], "any along one": x.as_strided(x.shape, ones)}
+
+
+@pytest.mark.parametrize("backend", table.BACKENDS.values(), ids=lambda b: b.name)
+@pytest.mark.parametrize(("rows", "inputs", "out"), [(1, 33, 7), (5, 65, 15), (9, 17, 1), (2, 129, 2)])
+def test_linear_of_any_strides(backend: Backend, rows: int, inputs: int, out: int) -> None:
+    """torch's own kernels ignore some of them, and read what lies beside the tensor."""
+    x = torch.randint(-128, 128, (rows, inputs)).to(torch.int8)
+    levels = torch.randint(-7, 8, (out, inputs)).to(torch.int8)
+    pairs = [*((v, levels) for v in laid_out(x).values()), *((x, v) for v in laid_out(levels).values())]
+    for values, right in pairs:
+        for activation_ in (Activation(values, 3, 255), Activation(values.view(torch.uint8), None, 255)):
+            if not backend.supports_linear(activation_, Weight(right, 7)):
+                continue
+            expected = activation_.levels(torch.float64) @ right.double().t()
+            for vector in laid_out(torch.randn(1, out)).values():
+                multiplier, bias = vector[0] * 0.01, vector[0]
+                y = backend.linear(activation_, Weight(right, 7), multiplier, bias)
+                assert torch.equal(y, expected.float() * multiplier + bias)
+
+
+@pytest.mark.parametrize("backend", [b for b in table.BACKENDS.values() if b.name in ("reference", "int_mm", "float")],
+                         ids=lambda b: b.name)
+@pytest.mark.parametrize(("rows", "inputs", "out"), [(1, 65, 7), (5, 33, 1), (9, 17, 8), (1, 8, 1)])
+def test_matmul_of_any_strides(backend: Backend, rows: int, inputs: int, out: int) -> None:
+    a = torch.randint(-128, 128, (2, rows, inputs)).to(torch.int8)
+    b = torch.randint(-128, 128, (2, inputs, out)).to(torch.int8)
+    for left, right in [*((v, b) for v in laid_out(a).values()), *((a, v) for v in laid_out(b).values())]:
+        operands = Activation(left, 3, 255), Activation(right, None, 128)
+        if backend.supports_matmul(*operands):
+            acc = backend.matmul_accumulators(*operands)
+            assert torch.equal(acc.to(torch.int64), (left.long() - 3) @ right.long())
+
+
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda b: b.name)
+def test_convolutions_of_any_strides(backend: Backend) -> None:
+    x, levels = (torch.randint(-127, 128, shape).to(torch.int8) for shape in ((2, 3, 7, 9), (5, 3, 3, 3)))
+    geometry = Geometry((1, 1), (1, 1), (1, 1))
+    for values, right in [*((v, levels) for v in laid_out(x).values()), *((x, v) for v in laid_out(levels).values())]:
+        operands = Activation(values, None, 128), Weight(right, 127)
+        if backend.supports_convolution(*operands, geometry):
+            bias = torch.randn(5, 3)[:, 1]
+            y = backend.convolution(*operands, geometry, torch.tensor(0.01), bias)
+            assert torch.equal(y, F.conv2d(values.double(), right.double(), padding=1).float() * 0.01
+                               + bias.view(-1, 1, 1))
+
+
 def test_the_reference_is_integer_arithmetic() -> None:
     x, w = activation((3, 4), torch.uint8, 9), weight(2, 4)
     for m, n in itertools.product(range(3), range(2)):

@@ -249,6 +249,20 @@ def test_lsq_scale_gradient_by_finite_differences_where_values_are_clipped() -> 
     torch.testing.assert_close(got, numeric, rtol=1e-3, atol=0.0)
 
 
+@pytest.mark.parametrize("scale", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["uint4", "int4"])
+def test_lsq_scale_gradient_of_what_an_absorbed_clamp_cuts(name: str, scale: float) -> None:
+    """A ReLU6 in front gives 6, which lies inside of a wide grid and beyond a narrow one."""
+    spec, x, g = TensorSpec(name, "per_tensor", symmetric=True), torch.randn(300) * 6, torch.randn(300)
+    learned = torch.tensor(scale, requires_grad=True)
+    value = ste.quantize(x, learned, None, ste.Grid(spec, 0.0, 6.0, learned="lsq")).dequantize()
+    (got,) = torch.autograd.grad(value, learned, g)
+    ratio = x.clamp(0.0, 6.0) / scale
+    slope = torch.where(ratio.round() <= spec.fmt.hi, ratio.round() - ratio, spec.fmt.hi)
+    assert int((x > 6.0).sum()) > 20
+    close(got, (g * slope).sum())
+
+
 def test_lsq_gradient_scale_of_a_quantizer() -> None:
     weight = torch.randn(4, 9)
     quantizer = make_quantizer(TensorSpec("int4", learned="lsq"), weight.shape)
@@ -276,6 +290,8 @@ def test_lsq_plus_gradients() -> None:
     assert 0 < int(inside.sum()) < 200
     close(g_scale, (g * (code - torch.where(inside, (x + 0.6) / 0.1, 0.0))).sum())
     close(g_offset, g[~inside].sum())
+    value = ste.quantize(x, scale.detach(), point, ste.Grid(spec, learned="lsq_plus"), offset).dequantize()
+    close(torch.autograd.grad(value, offset, g)[0], g_offset)       # where nothing else learns
 
 
 def test_pact_gradient_is_that_of_the_upper_clip() -> None:

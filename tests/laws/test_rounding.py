@@ -215,6 +215,20 @@ def test_granular_scales_are_those_of_each_slice_alone(spec: TensorSpec) -> None
         assert torch.equal(codes[row, start : start + size], affine.quantize(part, *qparams(part, alone), alone))
 
 
+@pytest.mark.parametrize("granularity", ["per_token", "per_column", "per_channel", "per_tensor"])
+def test_one_long_row_is_quantized_like_any_other(granularity: str) -> None:
+    """Long tensors are quantized in pieces, along a dimension that a vector has none of to spare."""
+    count = 2 * affine.PIECE + 5
+    spec = TensorSpec("int8", granularity, dynamic=granularity == "per_token")
+    x, scale = torch.randn(count) * 9, torch.rand(affine.scale_shape((count,), spec)) + 0.1
+    expected = (x / scale).round().clamp(-128, 127)
+    assert torch.equal(affine.quantize(x, scale, None, spec).float(), expected)
+    assert torch.equal(affine.quantize_marking(x, scale, None, spec)[1].bool(), (x / scale).round() == expected)
+    multiplier = torch.rand(count)
+    codes = affine.requantize(x, multiplier, None, None, TensorSpec("int8", "per_tensor"), -128, 127)
+    assert torch.equal(codes.float(), (x * multiplier).round().clamp(-128, 127))
+
+
 def test_memory_format_survives() -> None:
     x = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
     codes = affine.quantize(x, torch.ones(()), 0, TensorSpec("uint8"))

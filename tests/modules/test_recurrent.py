@@ -236,6 +236,32 @@ def test_frozen_parameters_get_no_gradient_and_the_rest_do() -> None:
     assert bool(x.grad.any())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_of_any_strides(kind: str) -> None:
+    """The state of one sequence, its dimensions in another order: the kernel is given its rows one after another."""
+    before = prepared(KINDS[kind](6, 5, num_layers=2), "static", torch.randn(4, 1, 6)).eval()
+    after = qat.convert(before, [torch.randn(4, 1, 6)])[0]
+    x = torch.randn(4, 1, 6)
+    plain = [torch.randn(2, 1, s.shape[-1]) for s in tensors(before(x)[1])]
+    turned = [h.transpose(0, -1).contiguous().transpose(0, -1) for h in plain]
+    for model in (before, after):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                expected, got = (model(x, tuple(h) if len(h) > 1 else h[0]) for h in (plain, turned))
+            assert same(got, expected)
+
+
+def test_a_float_weight_that_changes_before_the_backward_is_noticed() -> None:
+    recipe = {"rules": [{"match": {"name": "0.hh_*"}, "keep": "float32"},
+                        {"match": {"type": "RNN"}, "weight": "int8", "input": DYNAMIC}]}
+    model = qat.prepare(nn.Sequential(nn.RNN(6, 5)), recipe)
+    y = model(torch.randn(4, 3, 6))[0]
+    with torch.no_grad():
+        model[0].weight_hh_l0.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_models_train_and_deploy(dtype: torch.dtype) -> None:
     model, x = nn.LSTM(6, 5, bidirectional=True).to(dtype), torch.randn(4, 3, 6).to(dtype)

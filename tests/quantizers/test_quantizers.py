@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import qat
 from qat.errors import NotCalibratedError
@@ -96,13 +98,14 @@ def test_observers_do_not_depend_on_empty_batches(name: str) -> None:
 @pytest.mark.parametrize("name", ["percentile", "mse", "entropy"])
 def test_histograms_do_not_depend_on_the_order(name: str) -> None:
     spec = TensorSpec("uint8", observer=name, percentile=99.0).for_activation()
-    parts = [torch.randn(500), torch.randn(500) * 30, torch.rand(500) * 0.01]
+    parts = [torch.randn(500), torch.randn(500) * 30, torch.rand(500) * 0.01, torch.full((500,), 1e-43)]
     found = []
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
         observer = make_observer(spec)
         for i in order:
             observer.observe(parts[i])
-        assert float(observer.histogram.sum()) == 1500
+        assert float(observer.histogram.sum()) == 2000
+        assert float(observer.width) < 0.2
         found.append(observer.qparams())
     for scale, zero_point in found[1:]:
         assert torch.equal(scale, found[0][0])
@@ -162,3 +165,43 @@ def test_quantizers_are_ordinary_modules() -> None:
     x = torch.randn(4, 3)
     assert torch.equal(fresh(x), net(x))
     assert net.half()[1].quantizer.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize("kind", ["Linear", "RNN"])
+def test_a_range_that_moves_on_leaves_the_gradients_of_earlier_calls_alone(kind: str, observer: str) -> None:
+    """One module, used twice before one backward: its second input is ten times as wide."""
+    module = nn.Linear(6, 4) if kind == "Linear" else nn.RNN(6, 4)
+    rule = {"match": {}, "weight": "int8", "input": {"format": "int8", "observer": observer, "symmetric": False}}
+    net = qat.prepare(nn.Sequential(module), qat.Recipe.from_dict({"rules": [rule]}))
+    narrow, wide = torch.randn(5, 3, 6), torch.randn(5, 3, 6) * 10
+    qat.calibrate(net, [narrow])
+
+    def gradients(both: bool) -> list[torch.Tensor]:
+        used = copy.deepcopy(net)
+        qat.set_observing(used, True)
+        outputs = [used(x) for x in ((narrow, wide) if both else (narrow,))]
+        y = outputs[0] if kind == "Linear" else outputs[0][0]
+        return list(torch.autograd.grad(y.sum(), list(used.parameters())))
+
+    for together, alone in zip(gradients(both=True), gradients(both=False)):
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mean"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_sees_each_batch_once(reentrant: bool, observer: str) -> None:
+    """What is computed once more in the backward is what the forward was, and moves no range a second time."""
+    rule = {"match": {"type": "Linear"}, "weight": "int8", "input": {"format": "int8", "observer": observer}}
+    float_net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    net = qat.prepare(float_net, qat.Recipe.from_dict({"rules": [rule]}))
+    qat.calibrate(net, [torch.randn(9, 6)])
+    qat.set_observing(net, True)
+    plain, x = copy.deepcopy(net), torch.randn(9, 6) * 3
+    grads = []
+    for model, call in ((net, lambda x: checkpoint(net, x, use_reentrant=reentrant)), (plain, plain)):
+        leaf = x.clone().requires_grad_()
+        call(leaf).square().sum().backward()
+        grads.append([leaf.grad, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), plain.buffers()))
