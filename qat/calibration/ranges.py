@@ -86,6 +86,10 @@ def find_ranges(model: nn.Module, batches: Iterable[Any], ignore_nonfinite: bool
                 weights.restart()
                 weights.quantize(module.weight_matrix())
     _warn(quantizers)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedBatchNorm)}
+    unseen = [n for n, m in norms.items() if quantizers and not m.has_seen_data]
+    for norm in norms.values():
+        norm.unseen = unseen
     return kept
 
 
@@ -156,6 +160,9 @@ def set_observing(model: nn.Module, on: bool) -> None:
     """
     for q in activation_quantizers(model):
         q.observing = on and not getattr(q, "frozen", False)
+    for module in model.modules():
+        if on and isinstance(module, QuantizedBatchNorm):
+            module.unseen = []
 
 
 def freeze_ranges(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.errors import UnsupportedError
 from qat.kernels import ste, table, weight_only
 from qat.kernels.backends import FewCalls, FewNarrowCalls
 from qat.modules.base import QuantizedModule, register, register_by_name
@@ -36,6 +37,10 @@ class LinearProduct(QuantizedModule):
 
     def forward(self, input: Tensor | QuantizedTensor) -> Any:
         x = input
+        if self.plan.batch_norm and len(x.shape) > 2:
+            raise UnsupportedError(
+                f"{self.name}: {self.plan.batch_norm} is folded into it for inputs (rows, features), but normalizes "
+                f"another dimension of {tuple(x.shape)}; prepare with such example_inputs")
         if self.frozen and self._one_row is None and not self.calibrating:
             self._serve_one_row()
         if self._one_row and self._is_one_row(x):

@@ -7,6 +7,7 @@ prepared model in eval and the deployed model compute one expression, and traini
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -46,10 +47,13 @@ class QuantizedBatchNorm(nn.Module):
     Attributes:
         statistics_frozen: running statistics are used, and do not move, although the model is in ``train()``.
         synchronized: in training, normalize with the mean and the variance over the batches of all processes.
+        unseen: names of the model's batch norms that had seen no data when the ranges behind them were found. Whichever
+            is trained first says so; the list is the same one for all of them, and empty then.
     """
 
     statistics_frozen: bool
     synchronized: bool = False
+    unseen: list[str]
     running_mean: Any
     running_var: Any
     weight: Any
@@ -65,7 +69,7 @@ class QuantizedBatchNorm(nn.Module):
     def swap(cls, module: nn.Module, producer: QuantizedModule | None) -> QuantizedBatchNorm:
         """Turn ``module`` into one that folds into ``producer`` (None: that is never folded), in place."""
         adopted: QuantizedBatchNorm = adopt(cls, module)
-        adopted.statistics_frozen = False
+        adopted.statistics_frozen, adopted.unseen = False, []
         adopted._producer = [] if producer is None else [producer]
         if producer is not None:
             producer._batch_norm = [adopted]
@@ -74,6 +78,12 @@ class QuantizedBatchNorm(nn.Module):
     def train(self, mode: bool = True) -> QuantizedBatchNorm:
         super().train(mode and not self.statistics_frozen)
         return self
+
+    @property
+    def has_seen_data(self) -> bool:
+        """Whether the running statistics, if there are any, have left their first values."""
+        mean, var = self.running_mean, self.running_var
+        return mean is None or bool(mean.any()) or bool((var != 1).any())
 
     def gain_and_offset(self) -> tuple[Tensor, Tensor]:
         """``gamma / sigma`` and ``beta - mean * gamma / sigma``, float32, one for each channel."""
@@ -86,6 +96,13 @@ class QuantizedBatchNorm(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """The float batch norm."""
+        if self.training and self.unseen:
+            names = ", ".join(self.unseen)
+            self.unseen.clear()
+            warnings.warn(
+                f"the ranges of this model were found with batch norms that had seen no data ({names}). Training "
+                "changes these at once: values behind them leave their ranges, and gradients vanish. Train in floating "
+                "point first, or let ranges follow the training: qat.set_observing(model, True)", stacklevel=2)
         if self.synchronized and self.training and several_processes():
             return self._normalize_together(x)
         return super().forward(x)

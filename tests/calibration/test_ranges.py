@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -265,3 +266,27 @@ def test_unsigned_symmetric_inputs_that_are_negative_warn() -> None:
                                                                                         "symmetric": True}}]})
     with pytest.warns(UserWarning, match="cut all negative values off"):
         qat.calibrate(model, [torch.randn(8, 4)])
+
+
+@pytest.mark.filterwarnings("error:the ranges of this model")
+def test_ranges_behind_batch_norms_that_have_seen_no_data() -> None:
+    """Said once, when training begins, by whichever of them runs first; not where ranges follow, or data was seen."""
+    x, kinds = torch.randn(32, 3, 6, 6), (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    float_model = nn.Sequential(*kinds, nn.BatchNorm2d(4), nn.Conv2d(4, 2, 2))
+
+    def calibrated(model: nn.Module) -> nn.Module:
+        return qat.calibrate(qat.prepare(model, "w8a8", x), [x])
+
+    fresh = calibrated(float_model)
+    fresh.eval()(x)
+    twin = copy.deepcopy(fresh)
+    for model in (fresh, twin):
+        with pytest.warns(UserWarning, match=r"no data \(1, 4\).*qat\.set_observing"):
+            model.train()(x)
+        model(x)
+    following = calibrated(float_model)
+    qat.set_observing(following, True)
+    following.train()(x)
+    assert torch.equal(qat.calibrate(fresh, [x]).train()(x), fresh(x))
+    float_model.train()(x)
+    calibrated(float_model).train()(x)

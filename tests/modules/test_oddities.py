@@ -13,7 +13,7 @@ import zoo
 from torch import Tensor, nn
 
 import qat
-from qat.errors import CalibrationError, PrepareError, PruneError
+from qat.errors import CalibrationError, PrepareError, PruneError, UnsupportedError
 from qat.modules.base import QuantizedModule
 from qat.modules.normalization import Absorbed
 
@@ -218,6 +218,16 @@ def test_subclasses() -> None:
     (row,) = [r for r in qat.coverage(unseen).rows if r.name == "2"]
     assert row.status == "kept"
     assert row.reason.startswith("Doubled overrides the forward of Linear: give prepare example_inputs")
+
+
+def test_a_folded_batch_norm_refuses_inputs_whose_features_lie_elsewhere() -> None:
+    """(N, L, features) of L = features would have the right shape, and the wrong numbers."""
+    model, rows = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).eval(), torch.randn(8, 5)
+    folded = qat.calibrate(qat.prepare(model, "w8a8", rows), [rows]).eval()
+    for deployed in (folded, qat.convert(folded, [rows])[0]):
+        with pytest.raises(UnsupportedError, match=r"^0: 1 is folded .* \(8, 6, 5\)"):
+            deployed(torch.randn(8, 6, 5))
+    zoo.assert_parity(model, "w8a8", torch.randn(8, 6, 5))
 
 
 def test_lazy_modules() -> None:
