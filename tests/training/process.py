@@ -515,9 +515,9 @@ SCENARIOS = (dealt_out, one_is_empty, errors, ignored, batch_norm, training, ran
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")  # but for what Lightning says of every tiny run, and w1a1 of inputs behind a ReLU
+    warnings.simplefilter("error")  # but for what Lightning says of every tiny run, and qat of untrained networks
     for known in (".*LeafSpec", ".*does not have many workers", ".*logging interval", "1-bit activations",
-                  "Checkpoint directory .* exists", "Be aware that when using `ckpt_path`"):
+                  "Checkpoint directory .* exists", "Be aware that when using `ckpt_path`", "the ranges of this model"):
         warnings.filterwarnings("ignore", known)
     torch.set_num_threads(1)
     here, place = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
