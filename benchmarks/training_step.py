@@ -41,7 +41,11 @@ def conv() -> tuple[nn.Module, torch.Tensor]:
     for _ in range(3):
         layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-    return model, torch.randn(64, 64, 28, 28).to(memory_format=torch.channels_last)
+    x = torch.randn(64, 64, 28, 28).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(50):  # until the batch norms know the data, or ranges are not those of training
+            model(x)
+    return model, x
 
 
 BLOCKS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"mlp": mlp, "conv": conv}
