@@ -398,7 +398,8 @@ class _Product(torch.autograd.Function):
         # the codes go into the graph's saved tensors, which are freed as soon as this node's backward has run
         nothing = call.x.codes.new_empty(0)
         packed = isinstance(call.w, PackedTensor)       # of a frozen layer, which holds it anyway
-        x, w = (replace(t, codes=nothing, carrier=None) if t is call.x or not packed else t for t in (call.x, call.w))
+        x = replace(call.x, codes=nothing, carrier=None)
+        w = call.w if packed else replace(call.w, codes=nothing, carrier=None)
         ctx.call = replace(call, x=x, w=w, kernel=None, gain=None if gain is None else gain.detach(), kept=None)
         ctx.save_for_backward(call.x.codes, None if packed else call.w.codes)
         return call.forward(bias)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             metadata = file.metadata() or {}
-    except Exception as error:  # safetensors raises a class of its own that derives from Exception directly
+    except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     values |= {name: values[owner] for name, owner in metadata.items() if owner in values}
     if metadata.get(CHECKSUM) != _checksum(values):
@@ -110,6 +110,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             CheckpointError: the file is missing or damaged.
+            PermissionError, MemoryError: it cannot be read now, whatever is in it.
         """
         try:
             with zipfile.ZipFile(path) as archive:  # torch's format; torch itself does not compare the checksums in it
@@ -118,6 +119,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, *args, **options)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing.") from error
+        except (PermissionError, MemoryError):
+            raise
         except Exception as error:  # a damaged file can mislead torch's reader into almost any of them, and its advice
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}). Delete it, and this stage begins "
                                   "anew.") from error
