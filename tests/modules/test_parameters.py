@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import qat
 from qat.modules.base import QuantizedModule
-from qat.modules.parameters import ParameterPart, QuantizedParameters, WeightView, watching
+from qat.modules.parameters import ParameterPart, QuantizedParameters, watching
+from qat.modules.views import WeightView
 from qat.tracing import trace_by_running
 
 E, IN, OUT = 3, 8, 12
