@@ -8,30 +8,22 @@ a float, prepared or deployed model, of one architecture or of two.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.utils import _pytree as pytree
 
 from qat.calibration.ranges import set_observing
+from qat.compression.watching import Said, bare, named_layer, refuse_absorbing, refuse_folded, watching
 from qat.errors import ConfigError, nearest
-from qat.modules.base import QuantizedModule
-from qat.modules.normalization import Absorbed, QuantizedBatchNorm
 from qat.numerics.tensor import QuantizedTensor
 from qat.rewriter import check_open
-from qat.tracing import uncompiled
-
-Said = dict[str, Tensor]
-"""What a network computed, by place: ``logits``, ``hidden/<layer>/<call>``, ``attention/<layer>/<call>``."""
 
 LEAST_PROBABILITY = 1e-6
 """A student's attention below this counts as this: dropout and narrow codes make exact zeros, whose log is infinite."""
@@ -192,180 +184,6 @@ def _pairs(value: Any, key: str) -> dict[str, str]:
     return {str(mine): str(theirs) for mine, theirs in named.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- watching
-
-
-@contextmanager
-def watching(network: nn.Module, hidden: Sequence[str] = (), attention: Sequence[str] = ()) -> Iterator[Said]:
-    """Collect what the named layers of ``network`` compute in the calls inside the block, with its gradient.
-
-    Codes are dequantized. An activation function that quantizers absorbed is applied, so that a block of a quantized
-    network shows what the same block of the float network shows. ``nn.MultiheadAttention`` is asked for the map of each
-    head, and its caller gets what it asked for. Where layers are named, compiled networks run uncompiled. The hooks are
-    gone after the block.
-
-    Raises:
-        ConfigError: a layer is not there, or its output is not what was asked for; the message names it.
-    """
-    said: Said = {}
-    handles: list[Any] = []
-    absorbing = _Absorbing()
-
-    def keep(kind: str, name: str, value: Tensor) -> None:
-        call = next(i for i in itertools.count() if f"{kind}/{name}/{i}" not in said)
-        said[f"{kind}/{name}/{call}"] = value
-
-    def layer(name: str) -> Callable[..., None]:
-        return lambda module, args, output: keep("hidden", name, absorbing.value(output, name))
-
-    def map_of(name: str) -> Callable[..., None]:
-        return lambda module, args, output: keep("attention", name, _map(output, name))
-
-    try:
-        if hidden:
-            handles += absorbing.hooks(network)
-        for name in hidden:
-            handles.append(_layer(network, name).register_forward_hook(layer(name)))
-        for name in attention:
-            module = _layer(network, name)
-            if isinstance(module, nn.MultiheadAttention):
-                handles += _ask_for_maps(module, functools.partial(keep, "attention", name))
-            else:
-                handles.append(module.register_forward_hook(map_of(name)))
-        with _layer_by_layer() if handles else nullcontext():
-            yield said
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Absorbing:
-    """Follows values past activation functions that quantizers have taken over, in a prepared or deployed network.
-
-    Such a function returns its input. Where the quantizer *behind* it clamps, the value still lacks the activation
-    (``lacking``); where the quantizer *in front* of it clamps, a layer's output has it too early (``early``).
-    """
-
-    def __init__(self) -> None:
-        self.lacking: dict[int, tuple[Any, Absorbed]] = {}  # with the value itself, so that its key stays its own
-        self.early: dict[int, Any] = {}
-
-    def hooks(self, network: nn.Module) -> list[Any]:
-        handles = []
-        for module in network.modules():
-            if isinstance(module, Absorbed):
-                handles.append(module.register_forward_hook(self._passed))
-            elif isinstance(module, QuantizedModule | QuantizedBatchNorm):
-                handles.append(module.register_forward_hook(self._made))
-        return handles
-
-    def _passed(self, module: nn.Module, args: Any, output: Any) -> None:
-        assert isinstance(module, Absorbed)
-        if self.early.pop(_key(output), None) is None and isinstance(output, Tensor):
-            self.lacking[_key(output)] = output, module
-
-    def _made(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, QuantizedBatchNorm):
-            producer = module._producer[0] if module._producer else None
-            clamps = producer is not None and bool(producer.plan.output_absorbs) and not producer.folds()
-        else:
-            assert isinstance(module, QuantizedModule)
-            apart = bool(module._batch_norm) and not module.folds()
-            clamps = bool(module.plan.output_absorbs) and not apart
-        if clamps and isinstance(output, Tensor | QuantizedTensor):
-            self.early[_key(output)] = output
-
-    def value(self, output: Any, name: str) -> Tensor:
-        """A layer's output as a float tensor of its own (later steps may overwrite the one that the network uses)."""
-        if isinstance(output, tuple | list) and output:
-            output = output[0]
-        if isinstance(output, nn.utils.rnn.PackedSequence):
-            output = output.data
-        if not isinstance(output, Tensor | QuantizedTensor):
-            raise ConfigError(f"distill.hidden: {name} returns a {type(output).__name__}, not a tensor.")
-        if _key(output) in self.early:
-            raise ConfigError(
-                f"distill.hidden: the output of {name} is quantized with the activation function behind it inside; "
-                "name that activation function, or the block that ends with it."
-            )
-        if isinstance(output, QuantizedTensor):
-            return output.dequantize()
-        value = output.clone()
-        if _key(output) in self.lacking:
-            absorbed = self.lacking[_key(output)][1]
-            value = super(Absorbed, absorbed).forward(value)  # the function that was absorbed
-        return value
-
-
-def _key(value: Any) -> int:
-    """Equal for a tensor and its views; for codes, the object."""
-    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) and value.numel() else id(value)
-
-
-def _ask_for_maps(module: nn.MultiheadAttention, keep: Callable[[Tensor], None]) -> list[Any]:
-    """Hooks that make an attention layer compute the map of each head, (batch, heads, queries, keys)."""
-    asked: list[tuple[bool, bool]] = []
-    signature = inspect.signature(nn.MultiheadAttention.forward)
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        bound = signature.bind(module, *args, **kwargs)
-        bound.apply_defaults()
-        values = bound.arguments
-        asked.append((values["need_weights"], values["average_attn_weights"]))
-        values["need_weights"], values["average_attn_weights"] = True, False
-        return bound.args[1:], bound.kwargs
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        wanted, average = asked.pop()
-        result, maps = output
-        keep(maps)
-        if not wanted:
-            return result, None
-        return result, maps.mean(-3) if average else maps
-
-    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-
-
-def _map(output: Any, name: str) -> Tensor:
-    """The attention map in what a module returned."""
-    found = output[1] if isinstance(output, tuple | list) and len(output) > 1 else output
-    if isinstance(found, QuantizedTensor):
-        found = found.dequantize()
-    if not isinstance(found, Tensor) or found.ndim < 3:
-        raise ConfigError(
-            f"distill.attention: {name} returns no attention map of (..., heads, queries, keys). Name an "
-            "nn.MultiheadAttention, a module that returns (output, map) or the softmax; models of the transformers "
-            "library need attn_implementation='eager'."
-        )
-    return found.clone()
-
-
-@contextmanager
-def _layer_by_layer() -> Iterator[None]:
-    """No compiled network and no fast path of nn.TransformerEncoder meanwhile: both pass the hooks of layers by."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with uncompiled():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _bare(network: nn.Module) -> nn.Module:
-    """The network itself, without what ``torch.compile`` or distributed training has wrapped around it."""
-    while isinstance(network, OptimizedModule | nn.parallel.DistributedDataParallel):
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
-    return network
-
-
-def _layer(network: nn.Module, name: str) -> nn.Module:
-    found = dict(_bare(network).named_modules(remove_duplicate=False))
-    if name not in found or not name:
-        raise ConfigError(f"distill: there is no layer {name!r}{nearest(name, found) or '.'}")
-    return found[name]
-
-
 # ---------------------------------------------------------------------------------------------------- the driver
 
 
@@ -433,7 +251,7 @@ class Distiller(nn.Module):
         elif distillation.attention_weight:
             self.attention = dict(distillation.attention)  # type: ignore[arg-type]
         if self.hidden or self.attention:
-            check_open(_bare(teacher), ConfigError)
+            check_open(bare(teacher), ConfigError)
         teacher.eval()
         for parameter in teacher.parameters():  # one by one: a module of TorchScript cannot be told as a whole
             parameter.requires_grad_(False)
@@ -446,7 +264,7 @@ class Distiller(nn.Module):
         self.projections = nn.ModuleDict()
         self.check(student)
         for name in self.hidden.values():
-            _refuse_folded(teacher, name)
+            refuse_folded(teacher, name)
         self.check_teacher()
         if example_inputs is not None:
             self._look(student, example_inputs, seed)
@@ -471,17 +289,17 @@ class Distiller(nn.Module):
     def check(self, student: nn.Module) -> None:
         """Refuse a student without the named layers, or in which they do not show what they compute (ConfigError)."""
         for name in (*self.hidden, *self.attention):
-            _layer(student, name)
+            named_layer(student, name)
         for name in self.hidden:
-            _refuse_absorbing(student, name)
+            refuse_absorbing(student, name)
 
     def check_teacher(self) -> None:
         """The same for the teacher."""
         for teacher in self._teacher:
             for name in (*self.hidden.values(), *self.attention.values()):
-                _layer(teacher, name)
+                named_layer(teacher, name)
             for name in self.hidden.values():
-                _refuse_absorbing(teacher, name)
+                refuse_absorbing(teacher, name)
 
     def _look(self, student: nn.Module, example: Any, seed: int) -> None:
         """Run both on one batch: make the projections, refuse what does not fit."""
@@ -715,7 +533,7 @@ def _calls(said: Said, told: Said, kind: str, mine: str, theirs: str) -> list[tu
 
 
 def _pair_attention(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-    names = [[n for n, m in _bare(network).named_modules() if isinstance(m, nn.MultiheadAttention)]
+    names = [[n for n, m in bare(network).named_modules() if isinstance(m, nn.MultiheadAttention)]
              for network in (student, teacher)]  # fmt: skip
     for whose, found in zip(("student", "teacher"), names):
         if not found:
@@ -723,28 +541,6 @@ def _pair_attention(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
                               "{student's: teacher's}.")  # fmt: skip
     mine, theirs = names
     return {name: theirs[max((i + 1) * len(theirs) // len(mine) - 1, 0)] for i, name in enumerate(mine)}
-
-
-def _refuse_absorbing(network: nn.Module, name: str) -> None:
-    """Refuse a layer whose output is quantized together with the activation function behind it."""
-    module = _layer(network, name)
-    if isinstance(module, QuantizedBatchNorm) and module._producer:
-        plan = module._producer[0].plan
-    elif isinstance(module, QuantizedModule):
-        plan = module.plan
-    else:
-        return
-    if plan.output_absorbs and (isinstance(module, QuantizedBatchNorm) or not plan.batch_norm):
-        raise ConfigError(f"distill.hidden: the output of {name} is quantized with the activation function behind it "
-                          "inside; name that activation function, or the block that ends with it.")  # fmt: skip
-
-
-def _refuse_folded(teacher: nn.Module, name: str) -> None:
-    """Refuse a layer of a quantized teacher that holds the batch norm behind it: the student's does not in training."""
-    module = _layer(teacher, name)
-    if isinstance(module, QuantizedModule) and module.plan.batch_norm:
-        raise ConfigError(f"distill.hidden: {name} of the teacher holds the batch norm behind it; name "
-                          f"{module.plan.batch_norm} instead.")  # fmt: skip
 
 
 def _project(name: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.compression.distillation import Said
+from qat.compression.watching import Said
 from qat.errors import CheckpointError, ConfigError
 from qat.numerics.tensor import add_to_digest
 from qat.tracing import leaves

@@ -16,8 +16,8 @@ from qat.compression.distillation import (
     class_dim,
     hidden_loss,
     logits_loss,
-    watching,
 )
+from qat.compression.watching import watching
 from qat.errors import ConfigError
 from qat.training.models import ResidualNet
 
